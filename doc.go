@@ -1,0 +1,2 @@
+// Package crivm holds the rules of the whole tree as tests. The program is in cmd/crivm.
+package crivm

@@ -1,0 +1,5 @@
+//go:build !race
+
+package imageservice
+
+const raceEnabled = false
