@@ -46,7 +46,10 @@ type warm struct {
 	mu        sync.Mutex // guards the rest, and the pools; never held over I/O
 	pools     []*pool
 	byHandler map[string]*pool
-	cold      int // pods that boot their own VM at the moment
+	cold      int       // pods that boot their own VM at the moment
+	starting  int       // calls under way that make or start pods and containers
+	started   time.Time // when the last of them ended
+	lacking   time.Time // since when pools have had too few slots; zero: they have enough
 }
 
 // pool is the slots of handlers whose VMs are alike.

@@ -194,7 +194,8 @@ func rehearsalLayer() ([]byte, error) {
 	return text.Bytes(), err
 }
 
-// rehearsal is a pod like most: a container with the usual profile and nothing special.
+// rehearsal is a pod like most: a container with the usual profile and nothing special. Of the network only the NIC is real;
+// the rest is for the guest to have decoded such a thing.
 func rehearsal(rec store.Sandbox) (*agentproto.RehearseRequest, error) {
 	config := &cri.ContainerConfig{Command: []string{"rehearsal"}, Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
 		Seccomp:       &cri.SecurityProfile{ProfileType: cri.SecurityProfile_RuntimeDefault},
@@ -212,7 +213,12 @@ func rehearsal(rec store.Sandbox) (*agentproto.RehearseRequest, error) {
 	entropy := make([]byte, 64)
 	rand.Read(entropy)
 	return &agentproto.RehearseRequest{
-		Sandbox:   &agentproto.SetupSandboxRequest{Interfaces: []*agentproto.Interface{{MatchMac: rec.MAC}}, ScratchSerial: scratchSerial, UnixNanos: time.Now().UnixNano(), Entropy: entropy},
+		Sandbox: &agentproto.SetupSandboxRequest{
+			ScratchSerial: scratchSerial, UnixNanos: time.Now().UnixNano(), Entropy: entropy,
+			Interfaces: []*agentproto.Interface{{MatchMac: rec.MAC, Name: "eth0", Mtu: 1450, Addresses: []string{"10.1.2.3/24", "fd00::3/64"}}},
+			Routes:     []*agentproto.Route{{Destination: "0.0.0.0/0", Gateway: "10.1.2.1", Interface: "eth0"}, {Destination: "::/0", Gateway: "fd00::1", Interface: "eth0"}},
+			Neighbours: []*agentproto.Neighbour{{Address: "10.1.2.1", Mac: rec.MAC, Interface: "eth0"}},
+		},
 		Container: &agentproto.CreateContainerRequest{OciSpec: text, User: guestUser(config, ocispec.ImageConfig{}), Stdio: &agentproto.Stdio{}},
 	}, nil
 }
