@@ -97,13 +97,22 @@ func (s *Server) rehearseSlot(ctx context.Context, sl *slot, steps *timings) err
 	done := steps.span("rehearsal disk")
 	err = s.plugRehearsal(ctx, sl.sb, rec)
 	done()
-	if err == nil {
-		req.Container.Rootfs = &agentproto.Rootfs{ImageSerial: rehearsalSerial}
-	} else if ctx.Err() == nil && !s.taken(sl) {
-		s.log.Warn("a slot of the warm pool rehearses without a disk; pods from it take longer", "sandbox", rec.ID, "error", err)
+	plain := func(err error) { // as it would be for a guest that has no disks
+		req.Container.Rootfs = nil
+		if ctx.Err() == nil && !s.taken(sl) {
+			s.log.Warn("a slot of the warm pool rehearses without a disk; its pod takes longer", "sandbox", rec.ID, "error", err)
+		}
+	}
+	req.Container.Rootfs = &agentproto.Rootfs{ImageSerial: rehearsalSerial}
+	if err != nil {
+		plain(err)
 	}
 	inGuest := steps.remote("rehearsal in guest")
 	resp, err := agent.Rehearse(ctx, req)
+	if errdefs.IsNotFound(err) && req.Container.Rootfs != nil { // it has not come in time: a slot yields the CPU to everything else
+		plain(err)
+		resp, err = agent.Rehearse(ctx, req)
+	}
 	inGuest(resp.GetSteps())
 	if err != nil {
 		err = fmt.Errorf("slot %s: %w", rec.ID, err)
