@@ -99,7 +99,7 @@ func (s *Server) rehearseSlot(ctx context.Context, sl *slot, steps *timings) err
 	done()
 	plain := func(err error) { // as it would be for a guest that has no disks
 		req.Container.Rootfs = nil
-		if ctx.Err() == nil && !s.taken(sl) {
+		if _, dead := sl.sb.machine(); dead == nil && ctx.Err() == nil {
 			s.log.Warn("a slot of the warm pool rehearses without a disk; its pod takes longer", "sandbox", rec.ID, "error", err)
 		}
 	}
