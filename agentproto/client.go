@@ -70,12 +70,7 @@ func (c *Client) Close() error {
 
 // Output opens the stdout or stderr of a process from o.Offset on.
 func (c *Client) Output(ctx context.Context, o *Output) (*OutputReader, error) {
-	return OpenOutput(ctx, c.dialer, o)
-}
-
-// OpenOutput is Client.Output without a client.
-func OpenOutput(ctx context.Context, d Dialer, o *Output) (*OutputReader, error) {
-	conn, err := openStream(ctx, d, &StreamHeader{Kind: &StreamHeader_Output{Output: o}})
+	conn, err := openStream(ctx, c.dialer, &StreamHeader{Kind: &StreamHeader_Output{Output: o}})
 	if err != nil {
 		return nil, fmt.Errorf("output of container %s: %w", o.GetContainerId(), err)
 	}

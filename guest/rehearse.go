@@ -352,11 +352,6 @@ func (a *Agent) play(ctx context.Context, r *agentproto.CreateContainerRequest) 
 	if err != nil {
 		return fmt.Errorf("OCI spec: %w", err)
 	}
-	served, endServing := context.WithCancel(ctx)
-	wire := &loopback{serve: func(conn net.Conn) { a.serveStream(served, conn) }}
-	defer wire.streams.Wait()
-	defer endServing()
-
 	create := &agentproto.CreateContainerRequest{
 		ContainerId: rehearsalID, OciSpec: text, User: r.GetUser(), Stdio: r.GetStdio(),
 		Rootfs: &agentproto.Rootfs{ImageSerial: cmp.Or(r.GetRootfs().GetImageSerial(), rehearsalID), Readonly: r.GetRootfs().GetReadonly()},
@@ -381,12 +376,7 @@ func (a *Agent) play(ctx context.Context, r *agentproto.CreateContainerRequest) 
 		return err
 	}
 	for _, stderr := range []bool{false, true} {
-		out, err := agentproto.OpenOutput(ctx, wire, &agentproto.Output{ContainerId: rehearsalID, ExecId: rehearsalID, Stderr: stderr})
-		if err != nil {
-			return err
-		}
-		_, err = io.Copy(io.Discard, out)
-		if err := errors.Join(err, out.Ack(out.Offset()), out.Close()); err != nil {
+		if err := a.readOutput(ctx, &agentproto.Output{ContainerId: rehearsalID, ExecId: rehearsalID, Stderr: stderr}); err != nil {
 			return err
 		}
 	}
@@ -418,18 +408,20 @@ func throughWire(messages ...proto.Message) error {
 	return nil
 }
 
-// loopback is a wire from an agent to itself.
-type loopback struct {
-	serve   func(net.Conn)
-	streams sync.WaitGroup
-}
-
-// Dial implements agentproto.Dialer.
-func (l *loopback) Dial(context.Context) (net.Conn, error) {
+// readOutput reads the output of a process to its end, as the host does.
+func (a *Agent) readOutput(ctx context.Context, o *agentproto.Output) error {
 	here, there := net.Pipe()
-	l.streams.Go(func() {
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	defer here.Close()
+	serving.Go(func() {
 		defer there.Close()
-		l.serve(there)
+		a.serveStream(ctx, there)
 	})
-	return here, nil
+	out, err := agentproto.AskOutput(here, o)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, out)
+	return errors.Join(err, out.Ack(out.Offset()))
 }
