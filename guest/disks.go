@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -25,9 +26,9 @@ const (
 	deviceRetry = 250 * time.Millisecond
 )
 
-// waitDevice calls found until it tells true: at once, at each event of the kernel about devices, and every
-// deviceRetry in case that events were missed.
-func waitDevice(ctx context.Context, found func() bool) error {
+// waitDevice calls found until it tells true: at once, at each event of the kernel about devices of a subsystem ("" is any;
+// a disk that is plugged makes a dozen others), and every deviceRetry in case that events were missed.
+func waitDevice(ctx context.Context, subsystem string, found func() bool) error {
 	if found() {
 		return nil
 	}
@@ -47,17 +48,40 @@ func waitDevice(ctx context.Context, found func() bool) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		if _, err := unix.Poll(poll, int(deviceRetry.Milliseconds())); err != nil && !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("poll device events: %w", err)
-		}
-		for fd >= 0 {
-			if _, _, err := unix.Recvfrom(fd, buf, 0); err != nil && !errors.Is(err, unix.ENOBUFS) {
-				break
-			}
+		if err := awaitEvent(fd, subsystem, buf, deviceRetry); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// awaitEvent waits for an event of a subsystem, for so long at most.
+func awaitEvent(fd int, subsystem string, buf []byte, most time.Duration) error {
+	mark := []byte("\x00SUBSYSTEM=" + subsystem)
+	if subsystem != "" {
+		mark = append(mark, 0)
+	}
+	for limit := time.Now().Add(most); ; {
+		left := time.Until(limit)
+		if left <= 0 {
+			return nil
+		}
+		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		if _, err := unix.Poll(poll, int(left.Milliseconds())+1); err != nil && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("poll device events: %w", err)
+		}
+		for heard := false; fd >= 0; {
+			n, _, err := unix.Recvfrom(fd, buf, 0)
+			if err == nil || errors.Is(err, unix.ENOBUFS) { // some are lost
+				heard = heard || err != nil || bytes.Contains(buf[:n], mark)
+				continue
+			}
+			if heard {
+				return nil
+			}
+			break
+		}
+	}
 }
 
 // findDisk waits for the disk with a serial and returns its device file.
@@ -66,7 +90,7 @@ func findDisk(ctx context.Context, serial string) (string, error) {
 		return "", fmt.Errorf("disk without a serial: %w", errdefs.ErrInvalidArgument)
 	}
 	device := ""
-	err := waitDevice(ctx, func() bool {
+	err := waitDevice(ctx, "block", func() bool {
 		names, _ := filepath.Glob("/sys/class/block/*/serial")
 		for _, name := range names {
 			b, err := os.ReadFile(name)

@@ -134,7 +134,7 @@ func (n network) findLink(ctx context.Context, i *agentproto.Interface) (netlink
 		return nil, err
 	}
 	var found netlink.Link
-	err = waitDevice(ctx, func() (ok bool) {
+	err = waitDevice(ctx, "net", func() (ok bool) {
 		found, ok = n.matching(match, i)
 		return ok
 	})

@@ -67,7 +67,7 @@ func (v *volumes) mountShare(ctx context.Context, tag, dir string) error {
 	ctx, cancel := context.WithTimeout(ctx, shareWait)
 	defer cancel()
 	var mountErr error
-	err := waitDevice(ctx, func() bool {
+	err := waitDevice(ctx, "", func() bool {
 		mountErr = unix.Mount(tag, dir, "virtiofs", unix.MS_NODEV, "")
 		return !errors.Is(mountErr, unix.EINVAL) // no device of that tag
 	})

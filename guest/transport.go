@@ -94,7 +94,7 @@ func listenVsock() (net.Listener, error) {
 // openSerial opens the virtio-serial port of the agent.
 func openSerial(ctx context.Context) (net.Listener, error) {
 	device := ""
-	err := waitDevice(ctx, func() bool {
+	err := waitDevice(ctx, "", func() bool {
 		names, _ := filepath.Glob("/sys/class/virtio-ports/*/name")
 		for _, name := range names {
 			b, err := os.ReadFile(name)
