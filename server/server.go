@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -126,8 +127,12 @@ func New(ctx context.Context, opts Options, network Network, images Images) (_ *
 		}
 	}
 	if opts.UIDCount > 0 {
-		for _, dir := range []string{opts.StateDir, opts.RunDir} {
-			if err := reachable(dir); err != nil {
+		dirs := []string{opts.StateDir, opts.RunDir}
+		for _, h := range opts.Handlers {
+			dirs = append(dirs, filepath.Dir(h.Kernel), filepath.Dir(h.Initrd))
+		}
+		for _, dir := range dirs {
+			if err := reachable(dir); err != nil && !errors.Is(err, fs.ErrNotExist) { // a guest image may come later
 				return nil, err
 			}
 		}
