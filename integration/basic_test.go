@@ -113,8 +113,8 @@ func TestContainerLifecycle(t *testing.T) {
 
 func TestStopSignalAndGrace(t *testing.T) {
 	p := runPod(t, shared)
-	willing := p.start("trap 'echo told; exit 7' TERM; while :; do sleep 0.1; done")
-	eventually(t, 20*time.Second, "the trap is set", func() error { p.exec(willing, "true"); return nil })
+	willing := p.start("trap 'echo told; exit 7' TERM; echo set; while :; do sleep 0.1; done")
+	p.says(willing, "set")
 	if err := shared.Runtime.StopContainer(testContext(t, time.Minute), willing, 30); err != nil {
 		t.Fatal(err)
 	}

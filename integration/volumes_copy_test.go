@@ -233,7 +233,7 @@ func TestTerminationLog(t *testing.T) {
 	k := newKubelet(t, p)
 	var killed, stopped, down, failed string
 	a := p.start("echo killed > /dev/termination-log; exec sleep 1000", k.ordinary(&killed))
-	b := p.start("trap 'echo stopped > /dev/termination-log; exit 0' TERM; while :; do sleep 0.1; done", k.ordinary(&stopped))
+	b := p.start("trap 'echo stopped > /dev/termination-log; exit 0' TERM; echo set; while :; do sleep 0.1; done", k.ordinary(&stopped))
 	c := p.start("echo down > /dev/termination-log; sleep 6; exit 4", k.ordinary(&down))
 	d := p.start("echo failed > /dev/termination-log; exit 1", k.ordinary(&failed))
 	ready := func(id string) {
@@ -260,7 +260,7 @@ func TestTerminationLog(t *testing.T) {
 	}
 	p.wait(a)
 	wantFile(t, killed, "killed\n")
-	ready(b)
+	p.says(b, "set")
 	if err := shared.Runtime.StopContainer(testContext(t, time.Minute), b, 20); err != nil {
 		t.Error(err)
 	}
