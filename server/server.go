@@ -100,7 +100,8 @@ type Server struct {
 	collected chan struct{} // closed when restore has removed leftovers
 	restored  chan struct{} // closed when restore is done with everything
 
-	warm warm
+	boots chan struct{} // one for each pod whose VM boots: see bootTurn
+	warm  warm
 
 	observed observed // for Prometheus
 
@@ -171,7 +172,7 @@ func New(ctx context.Context, opts Options, network Network, images Images) (_ *
 func newServer(opts Options, records *store.Store, network Network, images Images) *Server {
 	return &Server{
 		opts: opts, store: records, net: network, images: images, log: slog.Default(), started: time.Now(), observed: newObserved(),
-		sandboxes: map[string]*sandbox{}, containers: map[string]*container{}, collected: make(chan struct{}), restored: make(chan struct{}),
+		boots: make(chan struct{}, parallelBoots()), sandboxes: map[string]*sandbox{}, containers: map[string]*container{}, collected: make(chan struct{}), restored: make(chan struct{}),
 	}
 }
 
