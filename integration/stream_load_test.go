@@ -113,14 +113,7 @@ func TestAttachSeveralClients(t *testing.T) {
 
 // A port-forward carries much in both directions at once, unchanged, and the end of each direction by itself.
 func TestPortForwardLoad(t *testing.T) {
-	size := int64(100 << 20)
-	status, err := shared.Runtime.Status(t.Context(), true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if strings.Contains(fmt.Sprint(status), "software emulation") { // minutes on a busy machine
-		size = 16 << 20
-	}
+	const size = 100 << 20
 	p := runPod(t, shared)
 	c := p.start("exec /usr/sbin/nginx echo 127.0.0.1:7000", func(c *cri.ContainerConfig) { c.Image.Image = standin })
 	eventually(t, 20*time.Second, "the server listens", func() error {
