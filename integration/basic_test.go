@@ -218,8 +218,10 @@ func TestCrictlSeesThePod(t *testing.T) {
 		}
 		return err
 	})
-	if out, err := shared.Crictl(ctx, "exec", c[:13], "cat", "/etc/hostname"); err != nil || strings.TrimSpace(out) != p.config.Hostname {
-		t.Errorf("crictl exec by a short ID: %v: %q", err, out)
+	for _, transport := range []string{"spdy", "websocket"} {
+		if out, err := shared.Crictl(ctx, "exec", "--transport", transport, c[:13], "cat", "/etc/hostname"); err != nil || strings.TrimSpace(out) != p.config.Hostname {
+			t.Errorf("crictl exec by a short ID over %s: %v: %q", transport, err, out)
+		}
 	}
 	out, err = shared.Crictl(ctx, "inspectp", p.id)
 	if err != nil || !json.Valid([]byte(out)) {

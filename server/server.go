@@ -81,7 +81,7 @@ type Server struct {
 
 	events events
 
-	streams     streaming.Server
+	streams     *streamServer
 	streamHTTP  *http.Server
 	streamsDone chan struct{}
 
@@ -218,9 +218,11 @@ func (s *Server) serveStreams() error {
 	config := streaming.DefaultConfig
 	config.Addr = listener.Addr().String()
 	config.StreamIdleTimeout = s.opts.StreamIdleTimeout
-	if s.streams, err = streaming.NewServer(config, streamRuntime{s}); err != nil {
+	library, err := streaming.NewServer(config, streamRuntime{s})
+	if err != nil {
 		return errors.Join(fmt.Errorf("streaming server: %w", err), listener.Close())
 	}
+	s.streams = &streamServer{Server: library, runtime: streamRuntime{s}, idle: config.StreamIdleTimeout, requests: map[string]streamRequest{}}
 	s.streamHTTP = &http.Server{Handler: s.streams, ReadHeaderTimeout: 30 * time.Second}
 	s.streamsDone = make(chan struct{})
 	go func() {
