@@ -177,7 +177,7 @@ func (a *Agent) mountScratch(ctx context.Context, serial string) (string, error)
 		var device string
 		if device, err = findDisk(ctx, serial); err == nil {
 			// crivm has made it for this pod: one that does not mount is crivm's own fault, or the host's disk's.
-			if err = unix.Mount(device, path, "ext4", unix.MS_NOATIME, "noinit_itable"); err == nil {
+			if err = unix.Mount(device, path, "ext4", unix.MS_NOATIME, "noinit_itable,nobarrier"); err == nil {
 				a.trims.add(path, device)
 			} else if errors.Is(err, unix.EIO) {
 				err = fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
