@@ -138,28 +138,32 @@ func TestKubeletVolumes(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(cm, "nested"), 0o755); err != nil { // kubelet makes the places for mounts
 		t.Fatal(err)
 	}
-	bound := filepath.Join(k.dir, "volume-subpaths/cm/c/0")
-	writeFile(t, bound, "")
-	if err := unix.Mount(filepath.Join(cm, "key"), bound, "", unix.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(bound, unix.MNT_DETACH); err != nil {
-			t.Error(err)
+	bound, boundSecret := filepath.Join(k.dir, "volume-subpaths/cm/c/0"), filepath.Join(k.dir, "volume-subpaths/s/c/1")
+	for to, from := range map[string]string{bound: filepath.Join(cm, "key"), boundSecret: filepath.Join(secret, "password")} {
+		writeFile(t, to, "")
+		if err := unix.Mount(from, to, "", unix.MS_BIND, ""); err != nil {
+			t.Fatal(err)
 		}
-	})
+		t.Cleanup(func() {
+			if err := unix.Unmount(to, unix.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 	var log, watcherLog string
 	ms := mounts(
 		&cri.Mount{ContainerPath: "/cm", HostPath: cm, Readonly: true}, &cri.Mount{ContainerPath: "/cm/nested", HostPath: secret, Readonly: true},
 		&cri.Mount{ContainerPath: "/again", HostPath: cm, Readonly: true}, &cri.Mount{ContainerPath: "/optional", HostPath: optional, Readonly: true},
 		&cri.Mount{ContainerPath: "/sub/key", HostPath: bound, Readonly: true},
+		&cri.Mount{ContainerPath: "/sub/password", HostPath: boundSecret, Readonly: true},
 	)
 	watcher := p.start("", standinImage("events", "/cm"), ms, k.ordinary(&watcherLog))
 	p.says(watcher, "watching")
 	const token = "/var/run/secrets/kubernetes.io/serviceaccount/"
 	id := p.start(`
 want() { [ "$2" = "$3" ] || echo "FAIL $1: $2, not $3"; }
-want content "$(cat /cm/key /cm/dir/key /again/key /cm/nested/password /sub/key `+token+`token)" "onedeeponesecretonefirst"
+want content "$(cat /cm/key /cm/dir/key /again/key /cm/nested/password /sub/key /sub/password `+token+`token)" "onedeeponesecretonesecretfirst"
+want "memory and no disk" "$(grep -c -E '^tmpfs (/cm|/cm/nested|/again|/optional|/sub/key|/sub/password|/var/run/secrets/kubernetes.io/serviceaccount|/etc/hosts) tmpfs ' /proc/self/mounts)" 8
 want size "$(cat /cm/a /cm/b /cm/c | wc -c)" 3145728
 want mode "$(stat -L -c %u:%g:%a /cm/key)" 0:2000:640
 want "mode of the volume" "$(stat -c %a `+token+`)" 3777
@@ -231,11 +235,12 @@ exit 3`, ms, k.ordinary(&log))
 func TestTerminationLog(t *testing.T) {
 	p := runPod(t, shared)
 	k := newKubelet(t, p)
-	var killed, stopped, down, failed string
+	var killed, stopped, down, failed, silent string
 	a := p.start("echo killed > /dev/termination-log; exec sleep 1000", k.ordinary(&killed))
 	b := p.start("trap 'echo stopped > /dev/termination-log; exit 0' TERM; while :; do sleep 0.1; done", k.ordinary(&stopped))
 	c := p.start("echo down > /dev/termination-log; sleep 6; exit 4", k.ordinary(&down))
 	d := p.start("echo failed > /dev/termination-log; exit 1", k.ordinary(&failed))
+	e := p.start("echo why it failed >&2; exit 5", k.ordinary(&silent))
 	ready := func(id string) {
 		t.Helper()
 		eventually(t, time.Minute, "the container runs", func() error {
@@ -247,6 +252,14 @@ func TestTerminationLog(t *testing.T) {
 		t.Errorf("exit code %d", s.ExitCode)
 	}
 	wantFile(t, failed, "failed\n")
+	// FallbackToLogsOnError is kubelet's: it finds the file by the status, and when nobody has written to it, it shows the log's end.
+	s := p.wait(e)
+	wantFile(t, silent, "")
+	if out := p.logText(e); s.ExitCode != 5 || s.Message != "" || out != "why it failed\n" || !slices.ContainsFunc(s.Mounts, func(m *cri.Mount) bool {
+		return m.ContainerPath == "/dev/termination-log" && m.HostPath == silent
+	}) {
+		t.Errorf("a container without a last message: log %q, status %v", out, s)
+	}
 	ready(a)
 	eventually(t, time.Minute, "the log is written", func() error {
 		if out := p.exec(a, "cat", "/dev/termination-log"); out != "killed\n" {
