@@ -372,7 +372,7 @@ func TestCopyLatency(t *testing.T) {
 		return arrived("echo " + line).Sub(start)
 	}
 	// Some seconds after a pod's first volume the agent rehearses a change; until then trips that do not count are made.
-	for i, settled := 0, time.Now().Add(5*time.Second); time.Now().Before(settled); i++ {
+	for i, settled := 0, time.Now().Add(4*time.Second); time.Now().Before(settled); i++ {
 		trip(fmt.Sprint("warm-up ", i))
 	}
 	for i := range rounds {
@@ -386,8 +386,13 @@ func TestCopyLatency(t *testing.T) {
 		slices.Sort(d)
 		return d[min(len(d)-1, int(q*float64(len(d))))].Round(100 * time.Microsecond)
 	}
-	t.Logf("%d changes of a ConfigMap, from the rename to the event: p50 %s, p99 %s; round trips: p50 %s, p99 %s", rounds,
-		quantile(changes, 0.5), quantile(changes, 0.99), quantile(trips, 0.5), quantile(trips, 0.99))
+	above := quantile(changes, 0.99) - quantile(trips, 0.99)
+	verdict := "met"
+	if above > 50*time.Millisecond {
+		verdict = "missed"
+	}
+	t.Logf("%d changes of a ConfigMap, from the rename to the event: p50 %s, p99 %s; round trips: p50 %s, p99 %s; bar: p99 at most 50ms above a round trip's: %s above, %s", rounds,
+		quantile(changes, 0.5), quantile(changes, 0.99), quantile(trips, 0.5), quantile(trips, 0.99), above, verdict)
 	if p50 := quantile(changes, 0.5) - quantile(trips, 0.5); p50 > 5*time.Second {
 		t.Errorf("half of all changes take %s above a round trip", p50)
 	}
