@@ -84,9 +84,10 @@ bench-calls: ## lists and statuses with 1,000 pods, by themselves and while 20 V
 	go test -run '^$$' -bench '^BenchmarkCalls$$' -benchtime 1000x ./server
 
 .PHONY: bench-volumes
-bench-volumes: guest ## files on root, emptyDir and hostPath beside a bare disk in the same guest (as root; VOLBENCHFLAGS="-files 1000")
+bench-volumes: guest ## files on root, emptyDir and hostPath beside a bare disk in the same guest; changes of a ConfigMap (as root; VOLBENCHFLAGS="-files 1000")
 	go build -o $(BIN)/volbench ./integration/volbench
 	$(BIN)/volbench -build $(BUILD) $(VOLBENCHFLAGS)
+	go test -tags=$(TAGS),integration -count=1 -timeout 20m -v -run '^TestCopyLatency$$' ./integration
 
 .PHONY: bench
 bench: guest bench-volumes ## benchmarks beside containerd + runc; writes docs/performance.md (as root; BENCHFLAGS="-sections start,pull")

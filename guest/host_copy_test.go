@@ -353,3 +353,25 @@ func TestTerminationLog(t *testing.T) {
 		t.Errorf("a container without a log has %q (%v)", resp.GetTerminationLog(), err)
 	}
 }
+
+// A rehearsal is a change like any, with its event, and leaves nothing.
+func TestRehearsalOfACopy(t *testing.T) {
+	a, _ := newTestAgent(t)
+	u := &uploader{t: t, agent: a, volume: "v"}
+	u.mustPut(written("1", map[string]string{"key": "one"}))
+	base := filepath.Dir(filepath.Dir(u.content()))
+	events := watchEvents(t, base)
+	before := tree(t, base)
+	if err := a.volumes.copies.rehearse(); err != nil {
+		t.Fatal(err)
+	}
+	if got := events(); !slices.Equal(got, []string{"created rehearsal", "deleted rehearsal"}) {
+		t.Errorf("events are %q", got)
+	}
+	if after := tree(t, base); after != before {
+		t.Errorf("there was\n%s\nand is\n%s", before, after)
+	}
+	if list := a.volumes.copies.list(); len(list) != 1 || list[0].GetVolume() != "v" {
+		t.Errorf("copies are %v", list)
+	}
+}
