@@ -30,7 +30,15 @@ type pod struct {
 var (
 	podCount   atomic.Int32
 	sharedPods atomic.Int32 // pods of tests on the shared node that have not been removed
+	inParallel atomic.Bool  // tests run beside each other
 )
+
+// parallel has a test run beside others, after those that do not call it. From then on leaks are looked for only after
+// the last one.
+func parallel(t *testing.T) {
+	t.Parallel()
+	inParallel.Store(true)
+}
 
 func newConfig(t *testing.T) *cri.PodSandboxConfig {
 	t.Helper()
@@ -73,8 +81,8 @@ func newPod(t *testing.T, n *node.Node, id string, config *cri.PodSandboxConfig)
 	return &pod{t: t, n: n, id: id, config: config}
 }
 
-// remove may be called again. With the last pod of the shared node it looks for what is left behind; a node of a test's
-// own does when it stops.
+// remove may be called again. After the last pod on the shared node it looks for what is left behind; for a node of a
+// test's own that is done when it stops.
 func (p *pod) remove() {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
@@ -88,7 +96,7 @@ func (p *pod) remove() {
 		return
 	}
 	p.removed = true
-	if p.n == shared && sharedPods.Add(-1) == 0 {
+	if p.n == shared && sharedPods.Add(-1) == 0 && !inParallel.Load() {
 		if err := shared.CheckLeaks(ctx); err != nil {
 			p.t.Error(err)
 		}

@@ -297,7 +297,7 @@ func TestTerminationLog(t *testing.T) {
 
 // A hundred volumes in one container, all of them followed.
 func TestManyCopies(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	p := runPod(t, shared)
 	k := newKubelet(t, p)
 	var ms []*cri.Mount

@@ -16,7 +16,7 @@ import (
 // Volumes of different kinds in each other, named in any order, over files and directories of the image, by subPath, and
 // at /dev/shm.
 func TestNestedVolumes(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	k := newKubeletPod(t)
 	p := k.run(0)
 	empty, memory := k.empty("data", 0), k.memory("shm", "size=5m,mode=1777")

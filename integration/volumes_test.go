@@ -76,7 +76,7 @@ echo done`
 
 // All kinds of mounts of host paths in one container, which a second one shares.
 func TestHostVolumes(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	host := t.TempDir()
 	mountTmpfs(t, host)
 	mountTmpfs(t, filepath.Join(host, "sub"))
@@ -156,7 +156,7 @@ func TestHostVolumes(t *testing.T) {
 }
 
 func TestMountPropagation(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	host := t.TempDir()
 	mountTmpfs(t, host)
 	if err := unix.Mount("", host, "", unix.MS_SHARED, ""); err != nil {
@@ -202,7 +202,7 @@ func TestMountPropagation(t *testing.T) {
 }
 
 func TestVolumesRefused(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "socket")
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
