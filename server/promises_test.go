@@ -173,6 +173,35 @@ func TestLogPathIsNeverEmpty(t *testing.T) {
 	check("after a restart with a dead VM")
 }
 
+// TestReopenOnlyOfTheRunning: kubelet renames a log before it asks, and back when it is refused, which a new file would
+// prevent.
+func TestReopenOnlyOfTheRunning(t *testing.T) {
+	r := newRig(t)
+	pod := r.runPod("a")
+	ended, running := r.run(pod, "ended", "echo last"), r.run(pod, "running", "exec sleep 1000")
+	status := r.exit(ended)
+	rotated := status.GetLogPath() + ".rotated"
+	if err := os.Rename(status.GetLogPath(), rotated); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.ReopenContainerLog(t.Context(), &cri.ReopenContainerLogRequest{ContainerId: ended}); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("log of an exited container: %v", err)
+	}
+	if _, err := os.Stat(status.GetLogPath()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its log is made anew: %v", err)
+	}
+	path := filepath.Join(r.dir, "logs/running.log")
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.ReopenContainerLog(t.Context(), &cri.ReopenContainerLogRequest{ContainerId: running}); err != nil {
+		t.Errorf("log of a running container: %v", err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestExecSyncEnds: at its deadline, with the client, and at once where there is no such command; and then nothing
 // of it is left running.
 func TestExecSyncEnds(t *testing.T) {
