@@ -127,7 +127,8 @@ func TestDeadAgent(t *testing.T) {
 	}
 }
 
-// TestLogPathIsNeverEmpty: kubelet removes what the pattern log_path* finds, so "" would be everything in its directory.
+// TestLogPathIsNeverEmpty: kubelet removes what the pattern log_path* finds, so "" would be everything in its directory,
+// and /dev/null the node's.
 func TestLogPathIsNeverEmpty(t *testing.T) {
 	r := newRig(t)
 	pod := r.runPod("a")
@@ -137,15 +138,23 @@ func TestLogPathIsNeverEmpty(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	silentID := resp.GetContainerId()
 	ended, running, created := r.run(pod, "ended", "exit 0"), r.run(pod, "running", "exec sleep 1000"), r.create(pod, "created", "exit 0")
 	r.exit(ended)
 	check := func(when string) {
 		t.Helper()
-		for id, want := range map[string]string{resp.GetContainerId(): os.DevNull, ended: filepath.Join(r.dir, "logs/ended.log"), running: filepath.Join(r.dir, "logs/running.log"), created: filepath.Join(r.dir, "logs/created.log")} {
+		for id, want := range map[string]string{silentID: filepath.Join(os.DevNull, silentID+".log"), ended: filepath.Join(r.dir, "logs/ended.log"), running: filepath.Join(r.dir, "logs/running.log"), created: filepath.Join(r.dir, "logs/created.log")} {
 			resp, err := r.ContainerStatus(t.Context(), &cri.ContainerStatusRequest{ContainerId: id})
 			if err != nil || resp.GetStatus().GetLogPath() != want {
 				t.Errorf("%s log_path is %q (%v), want %q", when, resp.GetStatus().GetLogPath(), err, want)
 			}
+		}
+		status, err := r.ContainerStatus(t.Context(), &cri.ContainerStatusRequest{ContainerId: silentID})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if hits, err := filepath.Glob(status.GetStatus().GetLogPath() + "*"); err != nil || len(hits) > 0 {
+			t.Errorf("%s kubelet would remove %q (%v) with a container that has no log", when, hits, err)
 		}
 		statuses, err := r.PodSandboxStatus(t.Context(), &cri.PodSandboxStatusRequest{PodSandboxId: pod})
 		if err != nil {
