@@ -40,8 +40,19 @@ func TestLayerSize(t *testing.T) {
 		}
 	}
 	l := &layerSize{dirs: []string{dir, filepath.Join(dir, "never made")}}
-	most := make(chan uint64, 1)
-	end := make(chan struct{})
+	var bytes, inodes uint64
+	if high := peakHeap(func() { bytes, inodes = l.get() }); high > 24<<20 {
+		t.Errorf("measuring %d names takes %d MiB", names, high>>20)
+	}
+	if bytes != 8192 || inodes != names+5 {
+		t.Errorf("the layer has %d bytes and %d inodes", bytes, inodes)
+	}
+}
+
+// peakHeap is the most that the heap had while f ran.
+func peakHeap(f func()) uint64 {
+	runtime.GC()
+	most, end := make(chan uint64, 1), make(chan struct{})
 	go func() {
 		var m runtime.MemStats
 		high := uint64(0)
@@ -57,13 +68,7 @@ func TestLayerSize(t *testing.T) {
 			}
 		}
 	}()
-	runtime.GC()
-	bytes, inodes := l.get()
+	f()
 	close(end)
-	if bytes != 8192 || inodes != names+5 {
-		t.Errorf("the layer has %d bytes and %d inodes", bytes, inodes)
-	}
-	if high := <-most; high > 24<<20 {
-		t.Errorf("measuring %d names takes %d MiB", names, high>>20)
-	}
+	return <-most
 }
