@@ -673,7 +673,7 @@ func (x *IDMapping) GetLength() uint32 {
 type RehearseRequest struct {
 	state         protoimpl.MessageState  `protogen:"open.v1"`
 	Sandbox       *SetupSandboxRequest    `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`     // its network and scratch disk
-	Container     *CreateContainerRequest `protobuf:"bytes,2,opt,name=container,proto3" json:"container,omitempty"` // without image, volumes and devices; the command is the agent's choice
+	Container     *CreateContainerRequest `protobuf:"bytes,2,opt,name=container,proto3" json:"container,omitempty"` // without volumes and devices; the command is the agent's choice, the image a disk without programs or none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }

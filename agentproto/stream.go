@@ -105,10 +105,7 @@ func openStream(ctx context.Context, d Dialer, h *StreamHeader) (_ net.Conn, ret
 		close(interrupted)
 	})
 	var r StreamReply
-	err = writePreamble(conn, h)
-	if err == nil {
-		err = readPreamble(conn, &r)
-	}
+	err = ask(conn, h, &r)
 	if !stop() {
 		<-interrupted
 		return nil, fmt.Errorf("open stream to agent: %w", ctx.Err())
@@ -120,6 +117,14 @@ func openStream(ctx context.Context, d Dialer, h *StreamHeader) (_ net.Conn, ret
 		return nil, err
 	}
 	return conn, nil
+}
+
+// ask sends a header and reads the reply.
+func ask(conn net.Conn, h *StreamHeader, r *StreamReply) error {
+	if err := writePreamble(conn, h); err != nil {
+		return err
+	}
+	return readPreamble(conn, r)
 }
 
 // nativeError makes an errdefs error of a status that the other end sent. Nothing but the code and a

@@ -1,16 +1,19 @@
 package guest
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -278,18 +281,18 @@ func clearLink(link netlink.Link) error {
 func (a *Agent) rehearseContainer(ctx context.Context, r *agentproto.RehearseRequest) (err, dirty error) {
 	dir := filepath.Join(agentDir, rehearsalID)
 	defer func() { dirty = errors.Join(dirty, os.RemoveAll(dir)) }()
-	lower := filepath.Join(dir, "lower")
-	for _, d := range []string{"proc", "dev", "sys"} {
-		if err := os.MkdirAll(filepath.Join(lower, d), 0o755); err != nil {
-			return err, nil
+	images := &images{dir: filepath.Join(dir, "images"), mounts: map[string]*imageMount{}}
+	if r.GetContainer().GetRootfs().GetImageSerial() == "" { // the host has no disk for it
+		lower := filepath.Join(dir, "lower")
+		for _, d := range []string{"proc", "dev", "sys"} {
+			if err := os.MkdirAll(filepath.Join(lower, d), 0o755); err != nil {
+				return err, nil
+			}
 		}
-	}
-	if err := os.WriteFile(filepath.Join(lower, rehearsalProgram), nil, 0o755); err != nil {
-		return err, nil
+		images.mounts[rehearsalID] = &imageMount{users: 1, path: lower} // mounted already, and for good
 	}
 	twin, err := NewAgent(Options{Runtime: a.Runtime, Reaper: a.Reaper, Dir: dir, machine: &machine{
-		modules: a.machine.modules, blocks: &blockDevices{users: map[string]map[string]bool{}}, prepared: a.machine.prepared,
-		images: &images{mounts: map[string]*imageMount{rehearsalID: {users: 1, path: lower}}}, // mounted already, and for good
+		modules: a.machine.modules, blocks: &blockDevices{users: map[string]map[string]bool{}}, prepared: a.machine.prepared, images: images,
 	}})
 	if err != nil {
 		return err, nil
@@ -302,13 +305,13 @@ func (a *Agent) rehearseContainer(ctx context.Context, r *agentproto.RehearseReq
 	done := step(ctx, "scratch disk")
 	sb := &sandbox{request: r.GetSandbox(), scratchDone: make(chan struct{})}
 	if sb.scratch, err = twin.mountScratch(ctx, r.GetSandbox().GetScratchSerial()); err != nil {
-		return err, unmountSoon(filepath.Join(dir, "scratch"))
+		return err, untilFree(func() error { return unmount(filepath.Join(dir, "scratch")) })
 	}
 	done()
 	close(sb.scratchDone)
 	twin.sandbox = sb
 	defer func() {
-		dirty = errors.Join(dirty, os.RemoveAll(filepath.Join(sb.scratch, "containers")), unmountSoon(sb.scratch))
+		dirty = errors.Join(dirty, os.RemoveAll(filepath.Join(sb.scratch, "containers")), untilFree(func() error { return unmount(sb.scratch) }))
 	}()
 	defer func() { // whatever has become of it
 		if errors.Is(context.Cause(ctx), errPodComes) { // which goes first; its containers wait for the scratch disk
@@ -320,24 +323,24 @@ func (a *Agent) rehearseContainer(ctx context.Context, r *agentproto.RehearseReq
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 		defer cancel()
 		defer step(ctx, "delete")()
-		dirty = errors.Join(dirty, twin.deleteContainer(ctx, rehearsalID))
+		dirty = errors.Join(dirty, untilFree(func() error { return twin.deleteContainer(ctx, rehearsalID) }))
 	}()
 	return twin.play(ctx, r.GetContainer()), nil
 }
 
-// unmountSoon unmounts a file system that may be held for a moment yet: the kernel ends the mount namespace of a
-// container after its last process, in its own time.
-func unmountSoon(path string) error {
+// untilFree undoes what concerns a file system that may be held for a moment yet: the kernel ends the mount namespace of
+// a container after its last process, in its own time.
+func untilFree(undo func() error) error {
 	const pause = 20 * time.Millisecond
 	for limit := time.Now().Add(cleanupTimeout); ; time.Sleep(pause) {
-		err := unmount(path)
+		err := undo()
 		if !errors.Is(err, unix.EBUSY) || time.Now().After(limit) {
 			return err
 		}
 	}
 }
 
-// play runs a container of the agent's program, and a second process in it.
+// play runs a container of the agent's program, and a second process in it, whose output is read as the host reads it.
 func (a *Agent) play(ctx context.Context, r *agentproto.CreateContainerRequest) error {
 	spec, err := parseSpec(r.GetOciSpec())
 	if err != nil {
@@ -351,33 +354,74 @@ func (a *Agent) play(ctx context.Context, r *agentproto.CreateContainerRequest) 
 	}
 	create := &agentproto.CreateContainerRequest{
 		ContainerId: rehearsalID, OciSpec: text, User: r.GetUser(), Stdio: r.GetStdio(),
-		Rootfs: &agentproto.Rootfs{ImageSerial: rehearsalID, Readonly: r.GetRootfs().GetReadonly()},
+		Rootfs: &agentproto.Rootfs{ImageSerial: cmp.Or(r.GetRootfs().GetImageSerial(), rehearsalID), Readonly: r.GetRootfs().GetReadonly()},
 	}
 	done := step(ctx, "create")
-	if _, err := a.CreateContainer(ctx, create); err != nil {
+	created, err := a.CreateContainer(ctx, create)
+	if err := errors.Join(err, throughWire(create, created)); err != nil {
 		return err
 	}
 	done()
 	done = step(ctx, "start")
-	if _, err := a.StartContainer(ctx, &agentproto.StartContainerRequest{ContainerId: rehearsalID}); err != nil {
+	start := &agentproto.StartContainerRequest{ContainerId: rehearsalID}
+	started, err := a.StartContainer(ctx, start)
+	if err := errors.Join(err, throughWire(start, started)); err != nil {
 		return err
 	}
 	done()
 	defer step(ctx, "exec")()
-	if _, err := a.Exec(ctx, &agentproto.ExecRequest{ContainerId: rehearsalID, ExecId: rehearsalID, Args: []string{rehearsalProgram, "version"}, Stdio: &agentproto.Stdio{}}); err != nil {
+	run := &agentproto.ExecRequest{ContainerId: rehearsalID, ExecId: rehearsalID, Args: []string{rehearsalProgram, "version"}, Stdio: &agentproto.Stdio{}}
+	running, err := a.Exec(ctx, run)
+	if err := errors.Join(err, throughWire(run, running)); err != nil {
 		return err
 	}
-	_, p, err := a.process(rehearsalID, rehearsalID)
+	for _, stderr := range []bool{false, true} {
+		if err := a.readOutput(ctx, &agentproto.Output{ContainerId: rehearsalID, ExecId: rehearsalID, Stderr: stderr}); err != nil {
+			return err
+		}
+	}
+	wait := &agentproto.WaitRequest{ContainerId: rehearsalID, ExecId: rehearsalID}
+	ended, err := a.Wait(ctx, wait)
+	if err == nil && ended.GetExit().GetCode() != 0 {
+		err = fmt.Errorf("exec ended with %d: %w", ended.GetExit().GetCode(), errdefs.ErrUnknown)
+	}
+	if err := errors.Join(err, throughWire(wait, ended)); err != nil {
+		return err
+	}
+	forget := &agentproto.DeleteExecRequest{ContainerId: rehearsalID, ExecId: rehearsalID}
+	forgotten, err := a.DeleteExec(ctx, forget)
+	return errors.Join(err, throughWire(forget, forgotten))
+}
+
+// throughWire encodes and decodes messages as the wire does: what that needs of each kind is worked out the first time. The
+// calls themselves are not made over a wire, as one that is broken off would go on unseen.
+func throughWire(messages ...proto.Message) error {
+	for _, m := range messages {
+		b, err := proto.Marshal(m)
+		if err == nil {
+			err = proto.Unmarshal(b, m.ProtoReflect().New().Interface())
+		}
+		if err != nil {
+			return fmt.Errorf("%s through the wire: %w", m.ProtoReflect().Descriptor().Name(), err)
+		}
+	}
+	return nil
+}
+
+// readOutput reads the output of a process to its end, as the host does.
+func (a *Agent) readOutput(ctx context.Context, o *agentproto.Output) error {
+	here, there := net.Pipe()
+	var serving sync.WaitGroup
+	defer serving.Wait()
+	defer here.Close()
+	serving.Go(func() {
+		defer there.Close()
+		a.serveStream(ctx, there)
+	})
+	out, err := agentproto.AskOutput(here, o)
 	if err != nil {
 		return err
 	}
-	exit, err := p.wait(ctx)
-	if err == nil && exit.GetCode() != 0 {
-		err = fmt.Errorf("exec ended with %d: %w", exit.GetCode(), errdefs.ErrUnknown)
-	}
-	if err != nil {
-		return err
-	}
-	_, err = a.DeleteExec(ctx, &agentproto.DeleteExecRequest{ContainerId: rehearsalID, ExecId: rehearsalID})
-	return err
+	_, err = io.Copy(io.Discard, out)
+	return errors.Join(err, out.Ack(out.Offset()))
 }

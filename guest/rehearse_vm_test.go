@@ -32,7 +32,7 @@ func rehearsalRequest(t *testing.T, vm *testVM, args ...string) *agentproto.Rehe
 	}
 	return &agentproto.RehearseRequest{
 		Sandbox:   &agentproto.SetupSandboxRequest{Interfaces: []*agentproto.Interface{{MatchMac: vm.mac}}, ScratchSerial: "scratch", UnixNanos: time.Now().UnixNano(), Entropy: make([]byte, 32)},
-		Container: &agentproto.CreateContainerRequest{OciSpec: vmSpec(t, func(s *specs.Spec) { s.Linux.Seccomp = profile }, args...), Stdio: &agentproto.Stdio{}},
+		Container: &agentproto.CreateContainerRequest{Rootfs: &agentproto.Rootfs{ImageSerial: "rehearsal"}, OciSpec: vmSpec(t, func(s *specs.Spec) { s.Linux.Seccomp = profile }, args...), Stdio: &agentproto.Stdio{}},
 	}
 }
 

@@ -24,8 +24,8 @@ import (
 // bootTimeout is generous: software emulation on a busy machine.
 const bootTimeout = 3 * time.Minute
 
-// testVM is a guest in QEMU, reached over virtio-serial, with an image disk "img-busybox", a scratch disk
-// "scratch" and a NIC without a peer.
+// testVM is a guest in QEMU, reached over virtio-serial, with an image disk "img-busybox", the same once more as "rehearsal",
+// a scratch disk "scratch" and a NIC without a peer.
 type testVM struct {
 	*agentproto.Client
 	mux     *agentproto.SerialMux
@@ -78,6 +78,8 @@ func bootVM(t *testing.T) *testVM {
 		"-device", "virtserialport,chardev=agent,name="+agentproto.SerialPortName,
 		"-drive", "if=none,id=image,format=raw,readonly=on,file="+at("image.erofs"),
 		"-device", "virtio-blk-pci,drive=image,serial=img-busybox",
+		"-drive", "if=none,id=rehearsal,format=raw,readonly=on,file="+at("image.erofs"),
+		"-device", "virtio-blk-pci,drive=rehearsal,serial=rehearsal",
 		"-drive", "if=none,id=scratch,format=raw,discard=unmap,file="+at("scratch.ext4"),
 		"-device", "virtio-blk-pci,drive=scratch,serial=scratch",
 		"-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net,mac="+vm.mac,

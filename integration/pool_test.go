@@ -218,6 +218,11 @@ func TestWarmPool(t *testing.T) {
 			if _, steps, ok := strings.Cut(line, " warm=true "); ok {
 				t.Log(strings.TrimSpace(steps))
 			}
+			if strings.Contains(line, "rehearse any more") {
+				t.Error(line)
+			} else if strings.Contains(line, "rehears") {
+				t.Log(strings.TrimSpace(line))
+			}
 		}
 	}
 

@@ -39,6 +39,7 @@ func (s *Server) CreateContainer(ctx context.Context, req *cri.CreateContainerRe
 		return nil, err
 	}
 	s.tellIgnored(config)
+	defer s.starts()()
 	name := containerName(config.GetMetadata(), pod.GetMetadata())
 	id, err := s.once(ctx, "container "+sandboxRec.ID+" "+name, s.created, func() (string, error) {
 		return s.createContainer(ctx, name, config, sandboxRec)

@@ -24,6 +24,7 @@ func (s *Server) StartContainer(ctx context.Context, req *cri.StartContainerRequ
 	if err != nil {
 		return nil, err
 	}
+	defer s.starts()()
 	c := s.container(rec.ID)
 	if err := c.op.lock(ctx); err != nil {
 		return nil, fmt.Errorf("container %s: %w", rec.ID, err)

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -46,7 +47,10 @@ type warm struct {
 	mu        sync.Mutex // guards the rest, and the pools; never held over I/O
 	pools     []*pool
 	byHandler map[string]*pool
-	cold      int // pods that boot their own VM at the moment
+	cold      int       // pods that boot their own VM at the moment
+	starting  int       // calls under way that make or start pods and containers
+	started   time.Time // when the last of them ended
+	lacking   time.Time // since when pools have had too few slots; zero: they have enough
 }
 
 // pool is the slots of handlers whose VMs are alike.
@@ -253,16 +257,25 @@ func (s *Server) enlist(ctx context.Context, sb *sandbox, rec store.Sandbox, han
 	if err != nil {
 		return nil, err
 	}
-	done := steps.span("move to the pod")
 	process := s.podProcess(rec, config)
-	if err := vm.Move(ctx, process.Cgroup, *process.OOMScoreAdj); err != nil {
-		return nil, vmFailure(vm, fmt.Errorf("moving the VM to its pod's cgroup: %w", err))
-	}
-	done()
-	answer, cancel := context.WithTimeout(ctx, cmp.Or(handler.HealthTimeout, slotAnswer))
-	defer cancel()
-	if err := sb.ping(answer); err != nil {
-		return nil, vmFailure(vm, fmt.Errorf("a VM of the warm pool does not answer: %w", err))
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.Go(func() error { // most of it is a wait for the host's kernel
+		defer steps.span("move to the pod")()
+		if err := vm.Move(groupCtx, process.Cgroup, *process.OOMScoreAdj); err != nil {
+			return vmFailure(vm, fmt.Errorf("moving the VM to its pod's cgroup: %w", err))
+		}
+		return nil
+	})
+	group.Go(func() error {
+		answer, cancel := context.WithTimeout(groupCtx, cmp.Or(handler.HealthTimeout, slotAnswer))
+		defer cancel()
+		if err := sb.ping(answer); err != nil {
+			return vmFailure(vm, fmt.Errorf("a VM of the warm pool does not answer: %w", err))
+		}
+		return nil
+	})
+	if err := group.Wait(); err != nil {
+		return nil, err
 	}
 	if want := vmSize(handler, config); want.VCPUs > rec.VM.VCPUs || want.MemoryBytes > rec.VM.Memory {
 		defer steps.span("grow")()

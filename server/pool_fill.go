@@ -38,13 +38,19 @@ func (s *Server) keepPools() {
 	round := time.NewTicker(poolRound)
 	defer round.Stop()
 	for {
-		for p := s.nextBoot(); p != nil; p = s.nextBoot() {
+		var calm <-chan time.Time
+		for p, wait := s.nextBoot(); p != nil || wait > 0; p, wait = s.nextBoot() {
+			if p == nil {
+				calm = time.After(wait)
+				break
+			}
 			s.goTask(func() { s.fill(p) })
 		}
 		select {
 		case <-s.life.Done():
 			return
 		case <-s.warm.wake:
+		case <-calm:
 		case <-round.C:
 			for _, p := range s.warm.pools {
 				s.current(p)
@@ -53,9 +59,9 @@ func (s *Server) keepPools() {
 	}
 }
 
-// nextBoot is the pool that lacks most and gets a slot now; nil for none. No more slots boot at a time than configured,
-// and each pod that boots its own VM counts as one.
-func (s *Server) nextBoot() *pool {
+// nextBoot is the pool that lacks most and gets a slot now; nil for none, and then for how long there is to wait, if it is
+// for pods. No more slots boot at a time than configured, and each pod that boots its own VM counts as one.
+func (s *Server) nextBoot() (*pool, time.Duration) {
 	s.warm.mu.Lock()
 	defer s.warm.mu.Unlock()
 	boots, now := s.warm.cold, time.Now()
@@ -67,11 +73,47 @@ func (s *Server) nextBoot() *pool {
 			next = p
 		}
 	}
-	if next == nil || boots >= max(s.opts.PoolBoots, 1) {
-		return nil
+	if next == nil {
+		s.warm.lacking = time.Time{}
+		return nil, 0
+	}
+	if s.warm.lacking.IsZero() {
+		s.warm.lacking = now
+	}
+	if boots >= max(s.opts.PoolBoots, 1) {
+		return nil, 0
+	}
+	if wait := s.warm.calmLocked(s.opts.PoolCalm, now); wait > 0 {
+		return nil, wait
 	}
 	next.booting++
-	return next
+	return next, 0
+}
+
+// calmPatience is for how many times PoolCalm slots are not booted although pools lack some, where pods start all the time.
+const calmPatience = 5
+
+// calmLocked is how long slots are not to boot, for the sake of pods that start; 0 or less for not at all.
+func (w *warm) calmLocked(calm time.Duration, now time.Time) time.Duration {
+	patience := w.lacking.Add(calmPatience * calm).Sub(now)
+	if w.starting > 0 {
+		return patience
+	}
+	return min(w.started.Add(calm).Sub(now), patience)
+}
+
+// starts counts a call that makes or starts a pod or container, until the function that it returns is called.
+func (s *Server) starts() func() {
+	s.warm.mu.Lock()
+	defer s.warm.mu.Unlock()
+	s.warm.starting++
+	return func() {
+		s.warm.mu.Lock()
+		s.warm.starting--
+		s.warm.started = time.Now()
+		s.warm.mu.Unlock()
+		s.warm.poke()
+	}
 }
 
 // bootsCold counts a pod that boots its own VM, until the function that it returns is called.

@@ -1,10 +1,16 @@
 package server
 
 import (
+	"archive/tar"
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -12,7 +18,9 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/crivm/crivm/agentproto"
+	"github.com/crivm/crivm/imageservice/rootdisk"
 	"github.com/crivm/crivm/server/store"
+	"github.com/crivm/crivm/vmruntime"
 )
 
 // rehearsalLimit bounds a slot's rehearsal; its guest breaks it off before.
@@ -30,13 +38,6 @@ func (s *Server) rehearse(p *pool, sl *slot) {
 	s.goTask(func() {
 		ctx, cancel := context.WithTimeout(s.life, rehearsalLimit)
 		defer cancel()
-		go func() {
-			select {
-			case <-sl.gone:
-				cancel()
-			case <-ctx.Done():
-			}
-		}()
 		start := time.Now()
 		steps := newTimings(start)
 		err := s.rehearseSlot(ctx, sl, steps)
@@ -52,7 +53,7 @@ func (s *Server) rehearse(p *pool, sl *slot) {
 				close(sl.gone)
 				s.discard(p, sl.sb, "rehearsal")
 			}
-		case ctx.Err() != nil || errdefs.IsAborted(err) || errdefs.IsFailedPrecondition(err): // a pod has come, or the daemon ends
+		case ctx.Err() != nil || errdefs.IsAborted(err) || errdefs.IsFailedPrecondition(err) || s.taken(sl): // a pod has come, or the daemon ends
 		default:
 			if _, dead := sl.sb.machine(); dead == nil {
 				s.noShow(p, sl, err)
@@ -69,6 +70,17 @@ func (s *Server) noShow(p *pool, sl *slot, err error) {
 	s.log.Warn("slots of the warm pool do not rehearse any more; pods from it take longer", "handler", p.handlerName, "sandbox", sl.sb.id, "error", err)
 }
 
+// taken tells whether a slot is not in the pool any more.
+func (s *Server) taken(sl *slot) bool {
+	select {
+	case <-sl.gone:
+		return true
+	default:
+		return false
+	}
+}
+
+// rehearseSlot returns when the guest has undone it, also when a pod comes meanwhile: the guest then breaks it off.
 func (s *Server) rehearseSlot(ctx context.Context, sl *slot, steps *timings) error {
 	rec, err := s.store.Sandbox(sl.sb.id)
 	if err != nil {
@@ -82,16 +94,117 @@ func (s *Server) rehearseSlot(ctx context.Context, sl *slot, steps *timings) err
 	if err != nil {
 		return err
 	}
-	done := steps.remote("rehearsal in guest")
-	resp, err := agent.Rehearse(ctx, req)
-	done(resp.GetSteps())
-	if err != nil {
-		return fmt.Errorf("slot %s: %w", rec.ID, err)
+	done := steps.span("rehearsal disk")
+	err = s.plugRehearsal(ctx, sl.sb, rec)
+	done()
+	plain := func(err error) { // as it would be for a guest that has no disks
+		req.Container.Rootfs = nil
+		if _, dead := sl.sb.machine(); dead == nil && ctx.Err() == nil {
+			s.log.Warn("a slot of the warm pool rehearses without a disk; its pod takes longer", "sandbox", rec.ID, "error", err)
+		}
 	}
-	return nil
+	req.Container.Rootfs = &agentproto.Rootfs{ImageSerial: rehearsalSerial}
+	if err != nil {
+		plain(err)
+	}
+	inGuest := steps.remote("rehearsal in guest")
+	resp, err := agent.Rehearse(ctx, req)
+	if errdefs.IsNotFound(err) && req.Container.Rootfs != nil { // it has not come in time: a slot yields the CPU to everything else
+		plain(err)
+		resp, err = agent.Rehearse(ctx, req)
+	}
+	inGuest(resp.GetSteps())
+	if err != nil {
+		err = fmt.Errorf("slot %s: %w", rec.ID, err)
+	}
+	if !errdefs.IsDataLoss(err) { // else the guest may hold it
+		defer steps.span("rehearsal disk")()
+		s.unplugRehearsal(ctx, sl.sb, rec)
+	}
+	return err
 }
 
-// rehearsal is a pod like most: a container with the usual profile and nothing special.
+// rehearsalSerial is how the guest finds the disk of a rehearsal, and what the disk's users have it as.
+const rehearsalSerial = "rehearsal"
+
+// plugRehearsal makes a small image disk one of the slot's. Which devices a VM has is in its driver's record, and the file is in
+// the slot's directory, so both end with the slot or pod at the latest. Idempotent.
+func (s *Server) plugRehearsal(ctx context.Context, sb *sandbox, rec store.Sandbox) error {
+	path := rehearsalDisk(rec)
+	if err := makeRehearsalDisk(ctx, path); err != nil {
+		return err
+	}
+	if err := sb.plug.lock(ctx); err != nil {
+		return err
+	}
+	defer sb.plug.unlock()
+	vm, err := sb.machine()
+	if err != nil {
+		return err
+	}
+	return vm.AddDisk(ctx, vmruntime.Disk{Serial: rehearsalSerial, Path: path, ReadOnly: true})
+}
+
+// unplugRehearsal undoes plugRehearsal, in a pod's VM too. When that fails, or the daemon ends, the next daemon does it for
+// a slot; a pod has one device more then that nothing uses.
+func (s *Server) unplugRehearsal(ctx context.Context, sb *sandbox, rec store.Sandbox) {
+	err := s.unplugImage(ctx, sb, rehearsalSerial, rehearsalSerial)
+	if err == nil {
+		err = ignoreNotExist(os.Remove(rehearsalDisk(rec)))
+	}
+	if _, dead := sb.machine(); err != nil && dead == nil && s.life.Err() == nil {
+		s.log.Warn("unplugging the disk of a rehearsal", "sandbox", rec.ID, "error", err)
+	}
+}
+
+func rehearsalDisk(rec store.Sandbox) string { return filepath.Join(rec.Dir, "rehearsal.erofs") }
+
+// makeRehearsalDisk makes an image of a few directories and files, unless it is there: nobody ever sees one that is half
+// made.
+func makeRehearsalDisk(ctx context.Context, path string) (err error) {
+	if _, err := os.Stat(path); err == nil {
+		return nil
+	}
+	layer, err := rehearsalLayer()
+	if err != nil {
+		return err
+	}
+	temp := path + newImage
+	f, err := os.OpenFile(temp, os.O_CREATE|os.O_RDWR|os.O_TRUNC, 0o644)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	open := func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer)), nil }
+	if err := rootdisk.Build(ctx, f, [16]byte{}, []rootdisk.Layer{open}); err != nil {
+		return fmt.Errorf("disk of a rehearsal: %w", err)
+	}
+	return errors.Join(f.Chmod(0o644), os.Rename(temp, path))
+}
+
+// rehearsalLayer is what an agent and an OCI runtime look for in an image.
+func rehearsalLayer() ([]byte, error) {
+	var text bytes.Buffer
+	w := tar.NewWriter(&text)
+	for _, dir := range []string{"dev", "etc", "proc", "sys"} {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: dir, Mode: 0o755}); err != nil {
+			return nil, err
+		}
+	}
+	for _, file := range []struct{ name, text string }{{"etc/group", "root:x:0:\n"}, {"etc/passwd", "root:x:0:0:root:/:/bin/sh\n"}} {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: file.name, Mode: 0o644, Size: int64(len(file.text))}); err != nil {
+			return nil, err
+		}
+		if _, err := io.WriteString(w, file.text); err != nil {
+			return nil, err
+		}
+	}
+	err := w.Close()
+	return text.Bytes(), err
+}
+
+// rehearsal is a pod like most: a container with the usual profile and nothing special. Of the network only the NIC is real;
+// the rest is for the guest to have decoded such a thing.
 func rehearsal(rec store.Sandbox) (*agentproto.RehearseRequest, error) {
 	config := &cri.ContainerConfig{Command: []string{"rehearsal"}, Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
 		Seccomp:       &cri.SecurityProfile{ProfileType: cri.SecurityProfile_RuntimeDefault},
@@ -109,7 +222,12 @@ func rehearsal(rec store.Sandbox) (*agentproto.RehearseRequest, error) {
 	entropy := make([]byte, 64)
 	rand.Read(entropy)
 	return &agentproto.RehearseRequest{
-		Sandbox:   &agentproto.SetupSandboxRequest{Interfaces: []*agentproto.Interface{{MatchMac: rec.MAC}}, ScratchSerial: scratchSerial, UnixNanos: time.Now().UnixNano(), Entropy: entropy},
+		Sandbox: &agentproto.SetupSandboxRequest{
+			ScratchSerial: scratchSerial, UnixNanos: time.Now().UnixNano(), Entropy: entropy,
+			Interfaces: []*agentproto.Interface{{MatchMac: rec.MAC, Name: "eth0", Mtu: 1450, Addresses: []string{"10.1.2.3/24", "fd00::3/64"}}},
+			Routes:     []*agentproto.Route{{Destination: "0.0.0.0/0", Gateway: "10.1.2.1", Interface: "eth0"}, {Destination: "::/0", Gateway: "fd00::1", Interface: "eth0"}},
+			Neighbours: []*agentproto.Neighbour{{Address: "10.1.2.1", Mac: rec.MAC, Interface: "eth0"}},
+		},
 		Container: &agentproto.CreateContainerRequest{OciSpec: text, User: guestUser(config, ocispec.ImageConfig{}), Stdio: &agentproto.Stdio{}},
 	}, nil
 }

@@ -246,6 +246,45 @@ func TestPoolBound(t *testing.T) {
 	}
 }
 
+// TestPoolCalm: no slot boots while pods start, nor soon after, unless that goes on and on.
+func TestPoolCalm(t *testing.T) {
+	now := time.Now()
+	for name, c := range map[string]struct {
+		w    *warm
+		want time.Duration
+	}{
+		"nothing has started": {&warm{lacking: now}, 0},
+		"a pod starts":        {&warm{lacking: now, starting: 1}, calmPatience * time.Minute},
+		"for long":            {&warm{lacking: now.Add(-calmPatience * time.Minute), starting: 1}, 0},
+		"one has just":        {&warm{lacking: now, started: now.Add(-10 * time.Second)}, 50 * time.Second},
+		"one has":             {&warm{lacking: now, started: now.Add(-time.Minute)}, 0},
+		"again and again":     {&warm{lacking: now.Add(-calmPatience*time.Minute + time.Second), started: now}, time.Second},
+	} {
+		if got := max(c.w.calmLocked(time.Minute, now), 0); got != c.want {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+
+	r := newRig(t)
+	r.opts.PoolCalm = time.Hour
+	r.setPool(1)
+	defer r.setPool(0)
+	r.awaitPool(func(f PoolFigures) bool { return f.Ready == 1 })
+	pod := r.runPod("a")
+	r.run(pod, "c", "sleep 1000")
+	if p, wait := r.nextBoot(); p != nil || wait < time.Minute {
+		t.Errorf("after a pod has taken a slot, one boots: %v, %v", p != nil, wait)
+	}
+	if f := r.pool(); f.Hits != 1 || f.Booting != 0 || f.Ready != 0 {
+		t.Errorf("figures are %+v", f)
+	}
+	r.warm.mu.Lock()
+	r.warm.started = time.Now().Add(-time.Hour)
+	r.warm.mu.Unlock()
+	r.warm.poke()
+	r.awaitPool(func(f PoolFigures) bool { return f.Ready == 1 })
+}
+
 // TestPoolDeadSlot: a slot whose VM ends is replaced; one that died unnoticed is not given to a pod.
 func TestPoolDeadSlot(t *testing.T) {
 	r := newPoolRig(t, 1)

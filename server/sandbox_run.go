@@ -37,6 +37,7 @@ func (s *Server) RunPodSandbox(ctx context.Context, req *cri.RunPodSandboxReques
 	if err := fitHugepages("config.linux.resources", hugepages(config.GetLinux().GetResources()), vmSize(handler, config).MemoryBytes); err != nil {
 		return nil, err
 	}
+	defer s.starts()()
 	name := sandboxName(config.GetMetadata())
 	id, err := s.once(ctx, "sandbox "+name, s.ready, func() (string, error) {
 		return s.runSandbox(ctx, name, req.GetRuntimeHandler(), handler, config)

@@ -43,7 +43,10 @@ type Options struct {
 	StreamAddress     string        // host:port of the streaming server, port 0 picks one
 	StreamIdleTimeout time.Duration // of exec, attach and port-forward connections
 
-	PoolBoots  int // slots of warm pools that boot at the same time; 0 is 1
+	PoolBoots int // slots of warm pools that boot at the same time; 0 is 1
+	// PoolCalm is how long no pod or container must have been starting before a slot boots; five times that is waited for it at
+	// most.
+	PoolCalm   time.Duration
 	PoolWeight int // CPU weight of all slots together, 100 is that of others; 0 does not set it
 
 	UIDBase, UIDCount int // each VMM process gets a uid of its own from this range; count 0 runs them as root

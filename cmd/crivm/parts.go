@@ -32,13 +32,16 @@ func imageConfig(config conf.Config) imageservice.Config {
 	}
 }
 
+// poolCalm is more than kubelet takes from one call of a pod's start to the next.
+const poolCalm = time.Second
+
 func serverOptions(config conf.Config, handlers map[string]server.Handler, warnings []string) server.Options {
 	systemd := systemdCgroups(config.CRI.CgroupDriver)
 	return server.Options{
 		Version: version, StateDir: config.StateDir, RunDir: config.RunDir, Handlers: handlers, Warnings: warnings,
 		SystemdCgroups: systemd, CgroupParent: config.CRI.ParentCgroup(systemd),
 		MaxLogLine: int(config.CRI.MaxContainerLogLineSize), StreamAddress: config.CRI.StreamAddress, StreamIdleTimeout: time.Duration(config.CRI.StreamIdleTimeout),
-		PoolBoots: config.Pool.ParallelBoots, PoolWeight: config.Pool.CPUWeight, UIDBase: config.VMUsers.Base, UIDCount: config.VMUsers.Count,
+		PoolBoots: config.Pool.ParallelBoots, PoolCalm: poolCalm, PoolWeight: config.Pool.CPUWeight, UIDBase: config.VMUsers.Base, UIDCount: config.VMUsers.Count,
 	}
 }
 
