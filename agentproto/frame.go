@@ -27,8 +27,9 @@ const (
 	frameHeader = 5
 	maxFrame    = 1 << 20
 	// writeChunk is how much data one frame carries at most when this package writes it. Small enough to
-	// be copied behind its header (one write, one packet), large enough for throughput.
-	writeChunk = 64 << 10
+	// be copied behind its header (one write, one packet), large enough for throughput. With its header and the
+	// multiplexer's it is just one write of serialChunk, which the guest's driver passes on in halves.
+	writeChunk = serialChunk - muxHeader - frameHeader
 	// readBuffer is kept per stream for as long as it is open; larger reads go past it.
 	readBuffer = 4 << 10
 )

@@ -132,19 +132,22 @@ func (o *output) followOnce(stream int, name string) (bool, error) {
 	}
 	buf := make([]byte, 32<<10)
 	var entries bytes.Buffer
+	acked := reader.Offset()
 	for {
 		n, err := reader.Read(buf)
 		if n > 0 {
 			entries.Reset()
-			pending := lines.split(&entries, buf[:n], time.Now())
+			written := reader.Offset() - uint64(lines.split(&entries, buf[:n], time.Now()))
 			if entries.Len() > 0 {
-				written := reader.Offset() - uint64(pending)
 				if err := o.write(entries.Bytes(), stream, written); err != nil {
 					return false, err
 				}
+			}
+			if written > acked && !reader.Partial() {
 				if err := reader.Ack(written); err != nil {
 					return false, err
 				}
+				acked = written
 			}
 			o.broadcast(stream, buf[:n], reader.Offset())
 		}
