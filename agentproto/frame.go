@@ -94,13 +94,11 @@ func (f *frameReader) next(want byte) (int, error) {
 
 // readData reads data; io.EOF after the END frame, again and again.
 func (f *frameReader) readData(p []byte) (int, error) {
-	if len(p) == 0 || f.err != nil {
+	if len(p) == 0 {
 		return 0, f.err
 	}
-	if f.left == 0 {
-		if f.left, f.err = f.next(frameData); f.err != nil {
-			return 0, f.unstick()
-		}
+	if err := f.wait(); err != nil {
+		return 0, err
 	}
 	n, err := f.r.Read(p[:min(len(p), f.left)])
 	f.left -= n
@@ -109,6 +107,16 @@ func (f *frameReader) readData(p []byte) (int, error) {
 		return 0, f.unstick()
 	}
 	return n, nil
+}
+
+// wait waits for data, or for what readData returns instead.
+func (f *frameReader) wait() error {
+	if f.err == nil && f.left == 0 {
+		if f.left, f.err = f.next(frameData); f.err != nil {
+			return f.unstick()
+		}
+	}
+	return f.err
 }
 
 // readAck reads one acknowledgement; io.ErrUnexpectedEOF when the host went away.

@@ -36,6 +36,10 @@ func (r *OutputReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Wait waits until there is something to Read, so that nobody needs a buffer for an output that is silent. It returns what Read
+// would when nothing comes.
+func (r *OutputReader) Wait() error { return r.in.wait() }
+
 // Partial tells the reading goroutine that what it read last is not the end of what the agent sent at once. The rest is on its
 // way, so an acknowledgement can wait for it: each costs the guest about as much as some kilobytes of output do.
 func (r *OutputReader) Partial() bool { return r.in.left > 0 }
