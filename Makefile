@@ -16,6 +16,11 @@ export GOFLAGS := -trimpath -tags=$(TAGS)
 $(shell mkdir -p $(BUILD) && echo 'module build' > $(BUILD)/go.mod)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
+# $(call tested,NAME,COMMAND) runs tests and keeps what they print; what failed is printed once more at the end, without logs in between.
+comma := ,
+tested = $(2) 2>&1 | tee $(BUILD)/$(1).log || { printf '\nfailed, from %s:\n' $(BUILD)/$(1).log; \
+	  grep -E '^ *--- FAIL|^ +[a-z0-9_]+_test\.go:[0-9]+: |^panic: |^WARNING: DATA RACE|^FAIL' $(BUILD)/$(1).log | cut -c1-400 | head -n 80; exit 1; }
+
 .PHONY: help
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,16 +59,16 @@ test: guest lint test-unit test-race test-integration ## all tests (as root; boo
 
 .PHONY: test-unit
 test-unit: ## the fast part: no VM; what needs root or CNI plugins (make provision) is skipped aloud without them
-	go test -timeout 20m ./...
+	$(call tested,test-unit,go test -timeout 20m ./...)
 
 .PHONY: test-race
 test-race: ## the fast part under the race detector (needs a C compiler)
-	CGO_ENABLED=1 go test -tags=$(TAGS),libsqlite3 -race -count=1 -timeout 30m ./...
+	$(call tested,test-race,CGO_ENABLED=1 go test -tags=$(TAGS)$(comma)libsqlite3 -race -count=1 -timeout 30m ./...)
 
 .PHONY: test-integration
 test-integration: guest ## real VMs, CNI plugins, registry, crictl (as root)
-	go test -tags=$(TAGS),integration -count=1 -timeout 60m -p 1 $$(git grep -l '^//go:build integration' -- '*_test.go' | xargs -n 1 dirname | sort -u | grep -vx server | sed 's,^,./,')
-	go test -tags=$(TAGS),integration -count=1 -timeout 20m -run 'Real$$' ./server # its other tests are test-unit's
+	$(call tested,test-integration,go test -tags=$(TAGS)$(comma)integration -count=1 -timeout 60m -p 1 $$(git grep -l '^//go:build integration' -- '*_test.go' | xargs -n 1 dirname | sort -u | grep -vx server | sed 's,^,./,'))
+	$(call tested,test-server,go test -tags=$(TAGS)$(comma)integration -count=1 -timeout 20m -run 'Real$$' ./server) # its other tests are test-unit's
 
 .PHONY: soak
 soak: guest ## ten minutes of random kills on real VMs, not part of test (as root; SOAKFLAGS="-duration 1h -seed 7 -pods 4")
@@ -79,9 +84,10 @@ bench-calls: ## lists and statuses with 1,000 pods, by themselves and while 20 V
 	go test -run '^$$' -bench '^BenchmarkCalls$$' -benchtime 1000x ./server
 
 .PHONY: bench-volumes
-bench-volumes: guest ## files on root, emptyDir and hostPath beside a bare disk in the same guest (as root; VOLBENCHFLAGS="-files 1000")
+bench-volumes: guest ## files on root, emptyDir and hostPath beside a bare disk in the same guest; changes of a ConfigMap (as root; VOLBENCHFLAGS="-files 1000")
 	go build -o $(BIN)/volbench ./integration/volbench
 	$(BIN)/volbench -build $(BUILD) $(VOLBENCHFLAGS)
+	go test -tags=$(TAGS),integration -count=1 -timeout 20m -v -run '^TestCopyLatency$$' ./integration
 
 .PHONY: bench
 bench: guest bench-volumes ## benchmarks beside containerd + runc; writes docs/performance.md (as root; BENCHFLAGS="-sections start,pull")

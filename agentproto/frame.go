@@ -27,8 +27,9 @@ const (
 	frameHeader = 5
 	maxFrame    = 1 << 20
 	// writeChunk is how much data one frame carries at most when this package writes it. Small enough to
-	// be copied behind its header (one write, one packet), large enough for throughput.
-	writeChunk = 64 << 10
+	// be copied behind its header (one write, one packet), large enough for throughput. With its header and the
+	// multiplexer's it is just one write of serialChunk, which the guest's driver passes on in halves.
+	writeChunk = serialChunk - muxHeader - frameHeader
 	// readBuffer is kept per stream for as long as it is open; larger reads go past it.
 	readBuffer = 4 << 10
 )
@@ -93,13 +94,11 @@ func (f *frameReader) next(want byte) (int, error) {
 
 // readData reads data; io.EOF after the END frame, again and again.
 func (f *frameReader) readData(p []byte) (int, error) {
-	if len(p) == 0 || f.err != nil {
+	if len(p) == 0 {
 		return 0, f.err
 	}
-	if f.left == 0 {
-		if f.left, f.err = f.next(frameData); f.err != nil {
-			return 0, f.unstick()
-		}
+	if err := f.wait(); err != nil {
+		return 0, err
 	}
 	n, err := f.r.Read(p[:min(len(p), f.left)])
 	f.left -= n
@@ -108,6 +107,16 @@ func (f *frameReader) readData(p []byte) (int, error) {
 		return 0, f.unstick()
 	}
 	return n, nil
+}
+
+// wait waits for data, or for what readData returns instead.
+func (f *frameReader) wait() error {
+	if f.err == nil && f.left == 0 {
+		if f.left, f.err = f.next(frameData); f.err != nil {
+			return f.unstick()
+		}
+	}
+	return f.err
 }
 
 // readAck reads one acknowledgement; io.ErrUnexpectedEOF when the host went away.

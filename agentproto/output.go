@@ -49,6 +49,14 @@ func (r *OutputReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Wait waits until there is something to Read, so that nobody needs a buffer for an output that is silent. It returns what Read
+// would when nothing comes.
+func (r *OutputReader) Wait() error { return r.in.wait() }
+
+// Partial tells the reading goroutine that what it read last is not the end of what the agent sent at once. The rest is on its
+// way, so an acknowledgement can wait for it: each costs the guest about as much as some kilobytes of output do.
+func (r *OutputReader) Partial() bool { return r.in.left > 0 }
+
 // Offset is the position of the next byte to be read, counted from the start of the process's output.
 func (r *OutputReader) Offset() uint64 { return r.offset.Load() }
 
@@ -76,6 +84,9 @@ func (r *OutputReader) SetReadDeadline(t time.Time) error { return r.conn.SetRea
 
 // Close ends the stream. The agent keeps what was not acknowledged for the next one.
 func (r *OutputReader) Close() error { return r.conn.Close() }
+
+// OutputFrame is how many bytes of output are sent at once, at most.
+const OutputFrame = writeChunk
 
 // OutputWriter is the agent's end of an output stream. One goroutine writes while another reads
 // acknowledgements.

@@ -124,3 +124,29 @@ func TestReadAckRefuses(t *testing.T) {
 		}
 	}
 }
+
+// An acknowledgement waits while more of a frame is to come, and only then.
+func TestOutputPartial(t *testing.T) {
+	const size = 5000 // more than is read ahead
+	c := connect(t, serveAgent(t, &fakeAgent{version: Version}, func(h *StreamHeader, conn net.Conn) {
+		WriteReply(conn, nil)
+		w := NewOutputWriter(conn)
+		w.WriteData(make([]byte, size))
+		w.WriteData(make([]byte, 1))
+		w.ReadAck()
+	}))
+	r, err := c.Output(testContext(t), &Output{ContainerId: "c1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	buf := make([]byte, size)
+	for r.Offset() <= size {
+		if _, err := r.Read(buf[:size-1]); err != nil {
+			t.Fatal(err)
+		}
+		if want := r.Offset() < size; r.Partial() != want {
+			t.Errorf("at %d of %d bytes: partial is %v", r.Offset(), size, !want)
+		}
+	}
+}

@@ -1,7 +1,6 @@
 package agentproto
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/binary"
@@ -41,7 +40,7 @@ func DialSerial(ctx context.Context, conn net.Conn) (*SerialMux, error) {
 		conn.Close()
 		return nil, fmt.Errorf("open serial session: %w", err)
 	}
-	in := bufio.NewReaderSize(io.MultiReader(bytes.NewReader(rest), conn), serialChunk/2)
+	in := io.MultiReader(bytes.NewReader(rest), conn) // yamux has a buffer for headers, and reads large bodies past it
 	streams := &muxStreams{}
 	session, err := yamux.Client(&hostSerial{Conn: conn, in: in, streams: streams}, muxConfig())
 	if err != nil {
@@ -142,7 +141,7 @@ func (m *SerialMux) Close() error { return m.session.Close() }
 // hostSerial is the host's connection as yamux sees it.
 type hostSerial struct {
 	net.Conn
-	in      *bufio.Reader
+	in      io.Reader
 	guard   muxGuard
 	streams *muxStreams
 

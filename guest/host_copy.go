@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -28,6 +29,9 @@ type hostCopies struct {
 	mu       sync.Mutex
 	byVolume map[string]*hostCopy
 	mounted  bool // the tmpfs
+
+	rehearsal  sync.Once
+	collecting atomic.Bool // a look at the garbage is to come
 }
 
 type hostCopy struct {
@@ -62,6 +66,9 @@ func (a *Agent) PutVolume(_ context.Context, r *agentproto.PutVolumeRequest) (*a
 	defer c.mu.Unlock()
 	if err := c.put(r); err != nil {
 		return nil, fmt.Errorf("volume %s: %w", r.GetVolume(), err)
+	}
+	if r.GetGeneration() != "" {
+		a.volumes.copies.getReady()
 	}
 	return &agentproto.PutVolumeResponse{}, nil
 }

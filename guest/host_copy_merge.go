@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/crivm/crivm/agentproto"
@@ -55,10 +56,6 @@ func (m *merger) merge() error {
 	if err != nil {
 		return err
 	}
-	have, err := readNames(m.to)
-	if err != nil {
-		return err
-	}
 	slices.SortStableFunc(wanted, func(a, b os.DirEntry) int { return rank(a) - rank(b) })
 	keep := make(map[string]bool, len(wanted))
 	for _, e := range wanted {
@@ -67,14 +64,8 @@ func (m *merger) merge() error {
 			return fmt.Errorf("%s: %w", e.Name(), err)
 		}
 	}
-	slices.SortStableFunc(have, func(a, b os.DirEntry) int { return rank(b) - rank(a) }) // directories last
-	for _, e := range have {
-		if keep[e.Name()] {
-			continue
-		}
-		if err := m.to.RemoveAll(e.Name()); err != nil {
-			return err
-		}
+	if err := m.drop(keep); err != nil {
+		return err
 	}
 	want, errA := m.from.Lstat(".")
 	is, errB := m.to.Lstat(".")
@@ -82,6 +73,52 @@ func (m *merger) merge() error {
 		return err
 	}
 	return copyOwner(m.to, ".", want, is)
+}
+
+const (
+	// dropBatch is how many names of a directory are in memory at a time: a container with all capabilities can have made a
+	// million in its copy.
+	dropBatch = 256
+	// maxDropped bounds a race with a container that makes names while others are removed. The next upload goes on.
+	maxDropped = 1 << 20
+)
+
+// drop removes what is in to and not to be kept, directories last.
+func (m *merger) drop(keep map[string]bool) error {
+	for n, last := 0, false; ; last = true {
+		dir, err := m.to.OpenFile(".", os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		for err == nil {
+			var names []string
+			names, err = dir.Readdirnames(dropBatch)
+			for _, name := range names {
+				if keep[name] {
+					continue
+				}
+				if info, err := m.to.Lstat(name); !last && err == nil && info.IsDir() {
+					continue
+				}
+				if n++; n > maxDropped {
+					return errors.Join(fmt.Errorf("more than %d names: %w", maxDropped, errdefs.ErrAborted), dir.Close())
+				}
+				if err := m.to.RemoveAll(name); err != nil {
+					return errors.Join(err, dir.Close())
+				}
+			}
+		}
+		if err := errors.Join(notEOF(err), dir.Close()); err != nil || last {
+			return err
+		}
+	}
+}
+
+func notEOF(err error) error {
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
 }
 
 func rank(e os.DirEntry) int {

@@ -353,3 +353,49 @@ func TestTerminationLog(t *testing.T) {
 		t.Errorf("a container without a log has %q (%v)", resp.GetTerminationLog(), err)
 	}
 }
+
+// Names that a container has put into its copy go with the next change, however many they are, and without a list of them.
+func TestHostCopyWithManyStrayNames(t *testing.T) {
+	a, _ := newTestAgent(t)
+	u := &uploader{t: t, agent: a, volume: "v"}
+	u.mustPut(written("1", map[string]string{"key": "one"}))
+	const names = 60_000 // hard links of one file; file systems allow no more
+	first := filepath.Join(u.content(), "stray")
+	if err := errors.Join(os.WriteFile(first, nil, 0o644), os.MkdirAll(filepath.Join(u.content(), "dir/below"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range names {
+		if err := unix.Link(first, filepath.Join(u.content(), fmt.Sprint("stray-", i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if high := peakHeap(func() { u.mustPut(written("2", map[string]string{"key": "two"})) }); high > 16<<20 {
+		t.Errorf("removing %d names takes %d MiB", names, high>>20)
+	}
+	entries, err := os.ReadDir(u.content())
+	if err != nil || len(entries) != 3 {
+		t.Errorf("%d names are left (%v)", len(entries), err)
+	}
+}
+
+// A rehearsal is a change like any, with its event, and leaves nothing.
+func TestRehearsalOfACopy(t *testing.T) {
+	a, _ := newTestAgent(t)
+	u := &uploader{t: t, agent: a, volume: "v"}
+	u.mustPut(written("1", map[string]string{"key": "one"}))
+	base := filepath.Dir(filepath.Dir(u.content()))
+	events := watchEvents(t, base)
+	before := tree(t, base)
+	if err := a.volumes.copies.rehearse(); err != nil {
+		t.Fatal(err)
+	}
+	if got := events(); !slices.Equal(got, []string{"created rehearsal", "deleted rehearsal"}) {
+		t.Errorf("events are %q", got)
+	}
+	if after := tree(t, base); after != before {
+		t.Errorf("there was\n%s\nand is\n%s", before, after)
+	}
+	if list := a.volumes.copies.list(); len(list) != 1 || list[0].GetVolume() != "v" {
+		t.Errorf("copies are %v", list)
+	}
+}

@@ -9,6 +9,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/crivm/crivm/agentproto"
 )
 
 // Sizes of output buffers. A process that writes more than that without the host acknowledging it blocks
@@ -16,8 +18,9 @@ import (
 const (
 	containerOutputBytes = 1 << 20
 	execOutputBytes      = 256 << 10
-	outputChunkBytes     = 4 << 10  // smallest allocation of a buffer
-	outputReadBytes      = 64 << 10 // one read: what a pipe holds
+	outputChunkBytes     = 4 << 10                // smallest allocation of a buffer
+	outputReadBytes      = agentproto.OutputFrame // one read, and the largest allocation: what one frame carries
+	outputWasteBytes     = 2 * outputReadBytes    // room in buffers that holds no output
 )
 
 // output keeps what a process wrote to stdout or stderr until the host has acknowledged it. Positions are
@@ -28,7 +31,7 @@ type output struct {
 	limit int
 
 	mu      sync.Mutex
-	chunks  [][]byte // bytes [acked, end) after skip bytes of chunks[0]; published bytes are never changed
+	chunks  []*outputChunk // bytes [acked, end) after skip bytes of chunks[0]
 	skip    int
 	acked   uint64
 	end     uint64
@@ -39,6 +42,14 @@ type output struct {
 	source  *os.File
 	reader  context.CancelFunc // ends the stream that reads now
 	turn    int                // counts streams, so that only the newest clears reader
+}
+
+// outputChunk is a piece of an output. Bytes that are published are not changed before they are acknowledged and nobody
+// sends them any more; then a buffer of full size is read into again, for garbage is dear: the heap is so small that each
+// megabyte or two of output would bring a collection of it.
+type outputChunk struct {
+	b       []byte
+	senders int
 }
 
 // readBuffers are shared by all outputs: an idle one holds none.
@@ -82,7 +93,12 @@ func (o *output) readOnce(f *os.File, room int) error {
 	var readErr error
 	err = conn.Read(func(fd uintptr) bool {
 		buf := readBuffers.Get().(*[outputReadBytes]byte)
-		defer readBuffers.Put(buf)
+		taken := false
+		defer func() {
+			if !taken {
+				readBuffers.Put(buf)
+			}
+		}()
 		var n int
 		for {
 			n, readErr = unix.Read(int(fd), buf[:min(room, len(buf))])
@@ -97,7 +113,7 @@ func (o *output) readOnce(f *os.File, room int) error {
 			readErr = io.EOF
 		}
 		if readErr == nil {
-			o.append(buf[:n])
+			taken = o.append(buf, n)
 		}
 		return true
 	})
@@ -120,26 +136,43 @@ func (o *output) room() int {
 	return o.limit - int(o.end-o.acked)
 }
 
-// append copies b to the end of the buffer.
-func (o *output) append(b []byte) {
+// append puts the first n bytes of buf at the end of the buffer. It tells whether it has kept buf rather than copied from it.
+func (o *output) append(buf *[outputReadBytes]byte, n int) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.dropped {
-		return
+		return false
 	}
-	o.end += uint64(len(b))
+	defer o.changedLocked()
+	waste := int(o.acked) - int(o.end)
+	for _, c := range o.chunks {
+		waste += cap(c.b)
+	}
+	o.end += uint64(n)
+	if n >= outputReadBytes/2 && waste+outputReadBytes-n <= outputWasteBytes {
+		o.chunks = append(o.chunks, &outputChunk{b: buf[:n]})
+		return true
+	}
+	b := buf[:n]
 	if last := len(o.chunks) - 1; last >= 0 {
 		c := o.chunks[last]
-		n := min(len(b), cap(c)-len(c))
-		o.chunks[last] = append(c, b[:n]...)
-		b = b[n:]
+		fits := min(len(b), cap(c.b)-len(c.b))
+		c.b = append(c.b, b[:fits]...)
+		b = b[fits:]
 	}
 	if len(b) > 0 {
 		// The longer the host lags, the more it is sent at once.
 		size := min(max(int(o.end-o.acked), outputChunkBytes), outputReadBytes)
-		o.chunks = append(o.chunks, append(make([]byte, 0, max(len(b), size)), b...))
+		c := &outputChunk{}
+		if size == outputReadBytes {
+			c.b = readBuffers.Get().(*[outputReadBytes]byte)[:0]
+		} else {
+			c.b = make([]byte, 0, max(len(b), size))
+		}
+		c.b = append(c.b, b...)
+		o.chunks = append(o.chunks, c)
 	}
-	o.changedLocked()
+	return false
 }
 
 // finish marks the end of the output.
@@ -164,26 +197,41 @@ func (o *output) discard() {
 	}
 }
 
-// next waits for bytes at offset from and returns some of them; io.EOF when all was returned that will
-// ever come. The bytes stay valid.
-func (o *output) next(ctx context.Context, from uint64) ([]byte, error) {
+// send waits for bytes at offset from and has some of them written, how many it returns; io.EOF when all was sent that will
+// ever come.
+func (o *output) send(ctx context.Context, from uint64, write func([]byte) error) (int, error) {
+	c, b, err := o.next(ctx, from)
+	if err != nil {
+		return 0, err
+	}
+	err = write(b)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	c.senders--
+	return len(b), err
+}
+
+// next waits for bytes at offset from and returns some of them, and their chunk with one more sender.
+func (o *output) next(ctx context.Context, from uint64) (*outputChunk, []byte, error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for {
 		if o.closed {
-			return nil, fmt.Errorf("output was deleted: %w", errdefs.ErrNotFound)
+			return nil, nil, fmt.Errorf("output was deleted: %w", errdefs.ErrNotFound)
 		}
 		if err := ctx.Err(); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if err := o.checkLocked(from); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if from < o.end {
-			return o.atLocked(from), nil
+			c, b := o.atLocked(from)
+			c.senders++
+			return c, b, nil
 		}
 		if o.eof {
-			return nil, io.EOF
+			return nil, nil, io.EOF
 		}
 		o.waitLocked(ctx)
 	}
@@ -204,15 +252,14 @@ func (o *output) checkLocked(from uint64) error {
 }
 
 // atLocked returns the contiguous bytes at from, which is in [acked, end).
-func (o *output) atLocked(from uint64) []byte {
-	at := uint64(o.skip) + from - o.acked
-	for _, c := range o.chunks {
-		if at < uint64(len(c)) {
-			return c[at:len(c):len(c)]
-		}
-		at -= uint64(len(c))
+func (o *output) atLocked(from uint64) (*outputChunk, []byte) {
+	at := o.skip + int(from-o.acked)
+	i := 0
+	for ; at >= len(o.chunks[i].b); i++ {
+		at -= len(o.chunks[i].b)
 	}
-	return nil
+	c := o.chunks[i]
+	return c, c.b[at:len(c.b):len(c.b)]
 }
 
 // ack frees everything below offset. An old acknowledgement is no error.
@@ -227,10 +274,14 @@ func (o *output) ack(offset uint64) error {
 	}
 	o.skip += int(offset - o.acked)
 	o.acked = offset
-	for len(o.chunks) > 0 && o.skip >= len(o.chunks[0]) {
-		o.skip -= len(o.chunks[0])
+	for len(o.chunks) > 0 && o.skip >= len(o.chunks[0].b) {
+		c := o.chunks[0]
+		o.skip -= len(c.b)
 		o.chunks[0] = nil
 		o.chunks = o.chunks[1:]
+		if c.senders == 0 && cap(c.b) == outputReadBytes {
+			readBuffers.Put((*[outputReadBytes]byte)(c.b[:outputReadBytes]))
+		}
 	}
 	if len(o.chunks) == 0 {
 		o.chunks = nil

@@ -99,8 +99,9 @@ func copyAttributes(from, to string) error {
 const (
 	// layerAge is how old a measured size of a writable layer may be.
 	layerAge = 10 * time.Second
-	// maxLayerFiles bounds one measurement.
-	maxLayerFiles = 1 << 20
+	// maxLayerFiles and maxLayerDepth bound one measurement; each level has a directory open.
+	maxLayerFiles, maxLayerDepth = 1 << 20, 256
+	layerBatch                   = 256
 )
 
 // layerSize is the size of a writable layer. Walking it is dear, so it is done in the background, at most
@@ -135,26 +136,53 @@ func (l *layerSize) get() (bytes, inodes uint64) {
 }
 
 func (l *layerSize) walk() {
-	var bytes, inodes uint64
+	var count fileCount
 	for _, dir := range l.dirs {
-		filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-			if err != nil {
-				return nil // deleted meanwhile, or never made
-			}
-			if inodes++; inodes > maxLayerFiles {
-				return fs.SkipAll
-			}
-			if info, err := d.Info(); err == nil {
-				if st, ok := info.Sys().(*syscall.Stat_t); ok {
-					bytes += uint64(st.Blocks) * 512
-				}
-			}
-			return nil
-		})
+		count.add(dir, 0)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.bytes, l.inodes, l.measured, l.walking = bytes, inodes, time.Now(), false
+	l.bytes, l.inodes, l.measured, l.walking = count.bytes, count.inodes, time.Now(), false
+}
+
+// fileCount counts what files take. Of a directory no more than layerBatch names are in memory at a time: a container may
+// have a million in one, and an agent that reads all of them takes the memory that the guest does not have.
+type fileCount struct{ bytes, inodes uint64 }
+
+// add counts a directory and what is below it; false when there was enough. What vanishes meanwhile, or was never made,
+// does not count.
+func (c *fileCount) add(dir string, depth int) (goOn bool) {
+	f, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return true
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err == nil && !c.one(info) {
+		return false
+	}
+	for {
+		entries, err := f.ReadDir(layerBatch)
+		for _, d := range entries {
+			if d.IsDir() {
+				if depth < maxLayerDepth && !c.add(filepath.Join(dir, d.Name()), depth+1) {
+					return false
+				}
+			} else if info, err := d.Info(); err == nil && !c.one(info) {
+				return false
+			}
+		}
+		if err != nil { // its end, mostly
+			return true
+		}
+	}
+}
+
+func (c *fileCount) one(info fs.FileInfo) (goOn bool) {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		c.bytes += uint64(st.Blocks) * 512
+	}
+	c.inodes++
+	return c.inodes < maxLayerFiles
 }
 
 // scratch is the directory for writable data of the pod's containers. It waits until its disk is mounted.

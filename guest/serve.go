@@ -116,17 +116,14 @@ func (a *Agent) serveOutput(ctx context.Context, conn net.Conn, h *agentproto.Ou
 		<-acks
 	}()
 	for at := h.GetOffset(); ; {
-		b, err := out.next(ctx, at)
+		n, err := out.send(ctx, at, w.WriteData)
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
 			return err
 		}
-		if err := w.WriteData(b); err != nil {
-			return err
-		}
-		at += uint64(len(b))
+		at += uint64(n)
 	}
 	if err := w.WriteEnd(); err != nil {
 		return err

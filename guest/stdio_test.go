@@ -90,9 +90,9 @@ func TestOutputBackPressure(t *testing.T) {
 		defer p.io.stdout.mu.Unlock()
 		held := 0
 		for _, c := range p.io.stdout.chunks {
-			held += cap(c)
+			held += cap(c.b)
 		}
-		if held > containerOutputBytes+2*outputReadBytes {
+		if held > containerOutputBytes+outputWasteBytes+outputReadBytes {
 			t.Errorf("buffer holds %d bytes", held)
 		}
 		return int(p.io.stdout.end - p.io.stdout.acked)
@@ -133,6 +133,34 @@ func TestOutputBackPressure(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, p.io.stdout.drained)
+}
+
+// What is being sent stays as it is, even when it is acknowledged meanwhile and new output comes: by then buffers are used again.
+func TestOutputKeptWhileSent(t *testing.T) {
+	o := newOutput(containerOutputBytes)
+	fill := func(c byte) {
+		buf := readBuffers.Get().(*[outputReadBytes]byte)
+		copy(buf[:], bytes.Repeat([]byte{c}, len(buf)))
+		if !o.append(buf, len(buf)) {
+			t.Fatal("a full buffer was copied")
+		}
+	}
+	fill('a')
+	n, err := o.send(testContext(t), 0, func(b []byte) error {
+		if err := o.ack(outputReadBytes); err != nil {
+			return err
+		}
+		for range 4 {
+			fill('b')
+		}
+		if n := bytes.Count(b, []byte("a")); n != outputReadBytes {
+			t.Errorf("%d of %d bytes are what they were", n, outputReadBytes)
+		}
+		return nil
+	})
+	if n != outputReadBytes || err != nil {
+		t.Errorf("sent %d bytes: %v", n, err)
+	}
 }
 
 func TestStdin(t *testing.T) {
@@ -357,11 +385,11 @@ func BenchmarkOutput(b *testing.B) {
 	}
 	at := uint64(0)
 	for {
-		p, err := o.next(b.Context(), at)
+		n, err := o.send(b.Context(), at, func([]byte) error { return nil })
 		if err != nil {
 			break
 		}
-		at += uint64(len(p))
+		at += uint64(n)
 		if err := o.ack(at); err != nil {
 			b.Fatal(err)
 		}

@@ -113,8 +113,8 @@ func TestContainerLifecycle(t *testing.T) {
 
 func TestStopSignalAndGrace(t *testing.T) {
 	p := runPod(t, shared)
-	willing := p.start("trap 'echo told; exit 7' TERM; while :; do sleep 0.1; done")
-	eventually(t, 20*time.Second, "the trap is set", func() error { p.exec(willing, "true"); return nil })
+	willing := p.start("trap 'echo told; exit 7' TERM; echo set; while :; do sleep 0.1; done")
+	p.says(willing, "set")
 	if err := shared.Runtime.StopContainer(testContext(t, time.Minute), willing, 30); err != nil {
 		t.Fatal(err)
 	}
@@ -218,8 +218,10 @@ func TestCrictlSeesThePod(t *testing.T) {
 		}
 		return err
 	})
-	if out, err := shared.Crictl(ctx, "exec", c[:13], "cat", "/etc/hostname"); err != nil || strings.TrimSpace(out) != p.config.Hostname {
-		t.Errorf("crictl exec by a short ID: %v: %q", err, out)
+	for _, transport := range []string{"spdy", "websocket"} {
+		if out, err := shared.Crictl(ctx, "exec", "--transport", transport, c[:13], "cat", "/etc/hostname"); err != nil || strings.TrimSpace(out) != p.config.Hostname {
+			t.Errorf("crictl exec by a short ID over %s: %v: %q", transport, err, out)
+		}
 	}
 	out, err = shared.Crictl(ctx, "inspectp", p.id)
 	if err != nil || !json.Valid([]byte(out)) {

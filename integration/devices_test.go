@@ -77,7 +77,7 @@ const sizeInGuest = `cat /sys/dev/block/$(printf %d:%d 0x$(stat -c %t /dev/xvda)
 
 // A block device as kubelet gives it for a volumeDevice: a symbolic link to the host's device.
 func TestBlockDevice(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	disk, grow := loopDevice(t, 16<<20)
 	link := filepath.Join(t.TempDir(), "volumeDevice")
 	if err := os.Symlink(disk.Name(), link); err != nil {
@@ -171,7 +171,7 @@ func TestBlockDevice(t *testing.T) {
 
 // Read-only holds against root of the guest; and a privileged container has the device that it asks for.
 func TestBlockDeviceReadOnly(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	disk, _ := loopDevice(t, 16<<20)
 	if _, err := disk.WriteAt([]byte("kept\n"), 0); err != nil {
 		t.Fatal(err)

@@ -37,7 +37,7 @@ func fillFileSystem(t *testing.T, path string) {
 // An emptyDir whose host's disk was full is told of it, keeps what was synced before, and can be written again by the next
 // container of the same pod.
 func TestEmptyDirOnFullHost(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	k := newKubeletPod(t)
 	if err := unix.Mount("tmpfs", k.dir, "tmpfs", 0, "size=48m,mode=750"); err != nil {
 		t.Fatal(err)

@@ -141,7 +141,7 @@ echo done`
 
 // Empty directories as kubelet makes them, through containers, a restart of the daemon and one of the sandbox.
 func TestEmptyDirs(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	k := newKubeletPod(t)
 	data, mem, used := k.empty("data", 2000), k.memory("mem", "size=8m,mode=1777,gid=55"), k.empty("used", 0)
 	if err := os.Mkdir(filepath.Join(data, "sub"), 0o2750); err != nil {
@@ -234,7 +234,7 @@ func TestEmptyDirs(t *testing.T) {
 
 // Only a pod's own empty directories are disks, and only files that crivm can have made are taken for them.
 func TestEmptyDirOfAnotherPod(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	mine, other := newKubeletPod(t), newKubeletPod(t)
 	dir := other.empty("data", 0)
 	writeFile(t, filepath.Join(dir, ".crivm-disk"), "not mine")
@@ -272,7 +272,7 @@ echo done`
 
 // A guest can ruin the disk of its emptyDir and nothing else: not the host, not the daemon, not the stop of its pod.
 func TestGuestRootAttacksEmptyDir(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	k := newKubeletPod(t)
 	dir, other := k.empty("data", 0), k.empty("options", 0)
 	writeFile(t, filepath.Join(filepath.Dir(dir), "outside"), "HOSTMARK")

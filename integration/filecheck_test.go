@@ -42,7 +42,7 @@ var knownDifferences = map[string]map[string]string{
 
 // What POSIX and Linux promise, on each kind of file system that a container can have.
 func TestFilesystemPromises(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	tools, k := filecheck(t), newKubeletPod(t)
 	empty, host := k.empty("data", 0), t.TempDir()
 	p := k.run(0)

@@ -22,7 +22,7 @@ func hugepageLimit(bytes uint64) func(*cri.ContainerConfig) { // as kubelet send
 
 // Huge pages of a pod: an emptyDir as kubelet mounts it, limits, their changes, figures, and memory that comes back.
 func TestHugepages(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	p := runPod(t, shared)
 	host := filepath.Join(t.TempDir(), "pods", p.config.Metadata.Uid, "volumes/kubernetes.io~empty-dir/huge")
 	if err := os.MkdirAll(host, 0o755); err != nil {

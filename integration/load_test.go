@@ -57,6 +57,9 @@ func TestTwentyPodsAtOnce(t *testing.T) {
 			t.Errorf("pod %d: %v", i, err)
 		}
 	}
+	if err := shared.CheckLeaks(t.Context()); err != nil {
+		t.Error(err)
+	}
 }
 
 // writer is a container that prints numbered lines of 100 bytes at a rate in MB/s, then runs a shell script. A

@@ -40,11 +40,7 @@ func run(m *testing.M) int {
 		fmt.Println("SKIP: the integration tests need root: network namespaces, taps and mounts")
 		return 0
 	}
-	if err := node.Isolate(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	build, err := filepath.Abs(*buildDir)
+	build, err := node.Isolate(*buildDir)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1

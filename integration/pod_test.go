@@ -23,9 +23,22 @@ type pod struct {
 	n      *node.Node
 	id     string
 	config *cri.PodSandboxConfig
+
+	removed bool
 }
 
-var podCount atomic.Int32
+var (
+	podCount   atomic.Int32
+	sharedPods atomic.Int32 // pods of tests on the shared node that have not been removed
+	inParallel atomic.Bool  // tests run beside each other
+)
+
+// parallel has a test run beside others, after those that do not call it. From then on leaks are looked for only after
+// the last one.
+func parallel(t *testing.T) {
+	t.Parallel()
+	inParallel.Store(true)
+}
 
 func newConfig(t *testing.T) *cri.PodSandboxConfig {
 	t.Helper()
@@ -55,11 +68,21 @@ func runPod(t *testing.T, n *node.Node, change ...func(*cri.PodSandboxConfig)) *
 	if err != nil {
 		t.Fatalf("RunPodSandbox: %v\n%s", err, n.LogTail())
 	}
-	p := &pod{t: t, n: n, id: id, config: config}
+	p := newPod(t, n, id, config)
 	t.Cleanup(p.remove)
 	return p
 }
 
+// newPod is a sandbox that was made; who calls this removes it.
+func newPod(t *testing.T, n *node.Node, id string, config *cri.PodSandboxConfig) *pod {
+	if n == shared {
+		sharedPods.Add(1)
+	}
+	return &pod{t: t, n: n, id: id, config: config}
+}
+
+// remove may be called again. After the last pod on the shared node it looks for what is left behind; for a node of a
+// test's own that is done when it stops.
 func (p *pod) remove() {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
@@ -68,6 +91,15 @@ func (p *pod) remove() {
 	}
 	if err := p.n.Runtime.RemovePodSandbox(ctx, p.id); err != nil {
 		p.t.Errorf("RemovePodSandbox: %v", err)
+	}
+	if p.removed {
+		return
+	}
+	p.removed = true
+	if p.n == shared && sharedPods.Add(-1) == 0 && !inParallel.Load() {
+		if err := shared.CheckLeaks(ctx); err != nil {
+			p.t.Error(err)
+		}
 	}
 	if p.t.Failed() {
 		p.t.Logf("log of crivm: %s", p.n.LogTail())

@@ -298,6 +298,5 @@ func TestCancelledRunPodSandbox(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &pod{t: t, n: shared, id: id, config: config}
-	p.remove()
+	newPod(t, shared, id, config).remove()
 }

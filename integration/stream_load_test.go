@@ -26,14 +26,16 @@ func TestStdinHalfClose(t *testing.T) {
 	c := p.start("sleep 1000")
 	input := make([]byte, size)
 	rand.Read(input)
-	resp, err := shared.Runtime.Exec(t.Context(), &cri.ExecRequest{ContainerId: c, Cmd: []string{"sh", "-c", "sha256sum; sleep 1; echo after"}, Stdin: true, Stdout: true, Stderr: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var out, errOut bytes.Buffer
-	err = executors(t, resp.Url)["SPDY"].StreamWithContext(testContext(t, 2*time.Minute), remotecommand.StreamOptions{Stdin: bytes.NewReader(input), Stdout: &out, Stderr: &errOut})
-	if want := fmt.Sprintf("%x  -\nafter\n", sha256.Sum256(input)); err != nil || out.String() != want || errOut.Len() > 0 {
-		t.Errorf("stdin of %d bytes: %v, %q, %q; want %q", size, err, out.String(), errOut.String(), want)
+	for _, protocol := range []string{"SPDY", "WebSocket v5"} {
+		resp, err := shared.Runtime.Exec(t.Context(), &cri.ExecRequest{ContainerId: c, Cmd: []string{"sh", "-c", "sha256sum; sleep 1; echo after"}, Stdin: true, Stdout: true, Stderr: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out, errOut bytes.Buffer
+		err = executors(t, resp.Url)[protocol].StreamWithContext(testContext(t, 2*time.Minute), remotecommand.StreamOptions{Stdin: bytes.NewReader(input), Stdout: &out, Stderr: &errOut})
+		if want := fmt.Sprintf("%x  -\nafter\n", sha256.Sum256(input)); err != nil || out.String() != want || errOut.Len() > 0 {
+			t.Errorf("%s: stdin of %d bytes: %v, %q, %q; want %q", protocol, size, err, out.String(), errOut.String(), want)
+		}
 	}
 }
 
@@ -61,7 +63,7 @@ func TestAttachSeveralClients(t *testing.T) {
 	defer typed.Close()
 	outputs := make([]*syncBuffer, 4)
 	ends := make([]<-chan error, len(outputs))
-	for i, protocol := range []string{"SPDY", "WebSocket", "SPDY", "WebSocket"} {
+	for i, protocol := range []string{"SPDY", "WebSocket v4", "SPDY", "WebSocket v5"} {
 		outputs[i] = &syncBuffer{}
 		var stdin io.Reader
 		if i == 0 {
@@ -113,14 +115,7 @@ func TestAttachSeveralClients(t *testing.T) {
 
 // A port-forward carries much in both directions at once, unchanged, and the end of each direction by itself.
 func TestPortForwardLoad(t *testing.T) {
-	size := int64(100 << 20)
-	status, err := shared.Runtime.Status(t.Context(), true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if strings.Contains(fmt.Sprint(status), "software emulation") { // minutes on a busy machine
-		size = 16 << 20
-	}
+	const size = 100 << 20
 	p := runPod(t, shared)
 	c := p.start("exec /usr/sbin/nginx echo 127.0.0.1:7000", func(c *cri.ContainerConfig) { c.Image.Image = standin })
 	eventually(t, 20*time.Second, "the server listens", func() error {

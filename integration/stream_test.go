@@ -26,29 +26,31 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// executors are the two protocols that clients speak.
+// protocols are what clients speak.
+var protocols = []string{"SPDY", "WebSocket v4", "WebSocket v5"}
+
 func executors(t *testing.T, target string) map[string]remotecommand.Executor {
 	t.Helper()
 	u, err := url.Parse(target)
 	if err != nil {
 		t.Fatal(err)
 	}
-	overSPDY, err := remotecommand.NewSPDYExecutor(&rest.Config{}, "POST", u)
-	if err != nil {
+	found := map[string]remotecommand.Executor{}
+	if found["SPDY"], err = remotecommand.NewSPDYExecutor(&rest.Config{}, "POST", u); err != nil {
 		t.Fatal(err)
 	}
-	// The streaming library of CRI speaks v4 of the protocol, which cannot tell the end of stdin.
-	overWebSocket, err := remotecommand.NewWebSocketExecutorForProtocols(&rest.Config{}, "GET", target, "v4.channel.k8s.io")
-	if err != nil {
-		t.Fatal(err)
+	for name, protocol := range map[string]string{"WebSocket v4": "v4.channel.k8s.io", "WebSocket v5": "v5.channel.k8s.io"} {
+		if found[name], err = remotecommand.NewWebSocketExecutorForProtocols(&rest.Config{}, "GET", target, protocol); err != nil {
+			t.Fatal(err)
+		}
 	}
-	return map[string]remotecommand.Executor{"SPDY": overSPDY, "WebSocket": overWebSocket}
+	return found
 }
 
 func TestExecStreams(t *testing.T) {
 	p := runPod(t, shared)
 	c := p.start("sleep 1000")
-	for _, protocol := range []string{"SPDY", "WebSocket"} {
+	for _, protocol := range protocols {
 		t.Run(protocol, func(t *testing.T) {
 			resp, err := shared.Runtime.Exec(t.Context(), &cri.ExecRequest{
 				ContainerId: c, Cmd: []string{"sh", "-c", "read line; echo $line; echo problem >&2; exit 5"}, Stdin: true, Stdout: true, Stderr: true,
@@ -102,6 +104,13 @@ func (s *syncBuffer) String() string {
 func TestExecTTYAndResize(t *testing.T) {
 	p := runPod(t, shared)
 	c := p.start("sleep 1000")
+	for _, protocol := range []string{"SPDY", "WebSocket v5"} {
+		t.Run(protocol, func(t *testing.T) { execTTYAndResize(t, c, protocol) })
+	}
+}
+
+func execTTYAndResize(t *testing.T, c, protocol string) {
+	t.Helper()
 	resp, err := shared.Runtime.Exec(t.Context(), &cri.ExecRequest{ContainerId: c, Cmd: []string{"sh"}, Stdin: true, Stdout: true, Tty: true})
 	if err != nil {
 		t.Fatal(err)
@@ -112,7 +121,7 @@ func TestExecTTYAndResize(t *testing.T) {
 	out := &syncBuffer{}
 	done := make(chan error, 1)
 	go func() {
-		done <- executors(t, resp.Url)["SPDY"].StreamWithContext(testContext(t, time.Minute), remotecommand.StreamOptions{Stdin: input, Stdout: out, Tty: true, TerminalSizeQueue: size})
+		done <- executors(t, resp.Url)[protocol].StreamWithContext(testContext(t, time.Minute), remotecommand.StreamOptions{Stdin: input, Stdout: out, Tty: true, TerminalSizeQueue: size})
 	}()
 	ask := func(want string) {
 		t.Helper()

@@ -12,7 +12,7 @@ import (
 // An ephemeral container (kubectl debug --target) sees the processes of the container that it is for, of no other one,
 // and can reach its root file system.
 func TestPIDNamespaceOfATarget(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	p := runPod(t, shared)
 	target := p.start("echo mine > /tmp/mark; exec sleep 4711")
 	p.start("exec sleep 4712")

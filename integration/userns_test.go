@@ -57,7 +57,7 @@ echo done`
 
 // A pod with a user namespace (hostUsers: false): what a container sees and may do, with every kind of volume.
 func TestUserNamespace(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	loop, _ := loopDevice(t, 8<<20)
 	k := newKubeletPod(t)
 	p := k.run(0, inUserNamespace)

@@ -52,7 +52,7 @@ echo done`
 // Root in the guest, with every capability and the share at hand, neither writes to what is read-only nor
 // leaves the volumes.
 func TestGuestRootAttacksShare(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	dir := t.TempDir()
 	writeFile(t, filepath.Join(dir, "outside"), "HOSTMARK")
 	writeFile(t, filepath.Join(dir, "ro/secret"), "kept")

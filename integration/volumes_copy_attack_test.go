@@ -64,7 +64,7 @@ func hostTree(t *testing.T, dir string) string {
 // Root in the guest changes nothing on the host through copies and termination logs, and harms nobody but itself: the next
 // change on the host puts its copy right.
 func TestGuestRootSpoilsCopies(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	p := runPod(t, shared, func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.Privileged = true })
 	k := newKubelet(t, p)
 	cm, secret := k.volume("configmap", "cm"), k.volume("secret", "s")

@@ -138,28 +138,32 @@ func TestKubeletVolumes(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(cm, "nested"), 0o755); err != nil { // kubelet makes the places for mounts
 		t.Fatal(err)
 	}
-	bound := filepath.Join(k.dir, "volume-subpaths/cm/c/0")
-	writeFile(t, bound, "")
-	if err := unix.Mount(filepath.Join(cm, "key"), bound, "", unix.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(bound, unix.MNT_DETACH); err != nil {
-			t.Error(err)
+	bound, boundSecret := filepath.Join(k.dir, "volume-subpaths/cm/c/0"), filepath.Join(k.dir, "volume-subpaths/s/c/1")
+	for to, from := range map[string]string{bound: filepath.Join(cm, "key"), boundSecret: filepath.Join(secret, "password")} {
+		writeFile(t, to, "")
+		if err := unix.Mount(from, to, "", unix.MS_BIND, ""); err != nil {
+			t.Fatal(err)
 		}
-	})
+		t.Cleanup(func() {
+			if err := unix.Unmount(to, unix.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 	var log, watcherLog string
 	ms := mounts(
 		&cri.Mount{ContainerPath: "/cm", HostPath: cm, Readonly: true}, &cri.Mount{ContainerPath: "/cm/nested", HostPath: secret, Readonly: true},
 		&cri.Mount{ContainerPath: "/again", HostPath: cm, Readonly: true}, &cri.Mount{ContainerPath: "/optional", HostPath: optional, Readonly: true},
 		&cri.Mount{ContainerPath: "/sub/key", HostPath: bound, Readonly: true},
+		&cri.Mount{ContainerPath: "/sub/password", HostPath: boundSecret, Readonly: true},
 	)
 	watcher := p.start("", standinImage("events", "/cm"), ms, k.ordinary(&watcherLog))
 	p.says(watcher, "watching")
 	const token = "/var/run/secrets/kubernetes.io/serviceaccount/"
 	id := p.start(`
 want() { [ "$2" = "$3" ] || echo "FAIL $1: $2, not $3"; }
-want content "$(cat /cm/key /cm/dir/key /again/key /cm/nested/password /sub/key `+token+`token)" "onedeeponesecretonefirst"
+want content "$(cat /cm/key /cm/dir/key /again/key /cm/nested/password /sub/key /sub/password `+token+`token)" "onedeeponesecretonesecretfirst"
+want "memory and no disk" "$(grep -c -E '^tmpfs (/cm|/cm/nested|/again|/optional|/sub/key|/sub/password|/var/run/secrets/kubernetes.io/serviceaccount|/etc/hosts) tmpfs ' /proc/self/mounts)" 8
 want size "$(cat /cm/a /cm/b /cm/c | wc -c)" 3145728
 want mode "$(stat -L -c %u:%g:%a /cm/key)" 0:2000:640
 want "mode of the volume" "$(stat -c %a `+token+`)" 3777
@@ -231,11 +235,12 @@ exit 3`, ms, k.ordinary(&log))
 func TestTerminationLog(t *testing.T) {
 	p := runPod(t, shared)
 	k := newKubelet(t, p)
-	var killed, stopped, down, failed string
+	var killed, stopped, down, failed, silent string
 	a := p.start("echo killed > /dev/termination-log; exec sleep 1000", k.ordinary(&killed))
-	b := p.start("trap 'echo stopped > /dev/termination-log; exit 0' TERM; while :; do sleep 0.1; done", k.ordinary(&stopped))
+	b := p.start("trap 'echo stopped > /dev/termination-log; exit 0' TERM; echo set; while :; do sleep 0.1; done", k.ordinary(&stopped))
 	c := p.start("echo down > /dev/termination-log; sleep 6; exit 4", k.ordinary(&down))
 	d := p.start("echo failed > /dev/termination-log; exit 1", k.ordinary(&failed))
+	e := p.start("echo why it failed >&2; exit 5", k.ordinary(&silent))
 	ready := func(id string) {
 		t.Helper()
 		eventually(t, time.Minute, "the container runs", func() error {
@@ -247,6 +252,14 @@ func TestTerminationLog(t *testing.T) {
 		t.Errorf("exit code %d", s.ExitCode)
 	}
 	wantFile(t, failed, "failed\n")
+	// FallbackToLogsOnError is kubelet's: it finds the file by the status, and when nobody has written to it, it shows the log's end.
+	s := p.wait(e)
+	wantFile(t, silent, "")
+	if out := p.logText(e); s.ExitCode != 5 || s.Message != "" || out != "why it failed\n" || !slices.ContainsFunc(s.Mounts, func(m *cri.Mount) bool {
+		return m.ContainerPath == "/dev/termination-log" && m.HostPath == silent
+	}) {
+		t.Errorf("a container without a last message: log %q, status %v", out, s)
+	}
 	ready(a)
 	eventually(t, time.Minute, "the log is written", func() error {
 		if out := p.exec(a, "cat", "/dev/termination-log"); out != "killed\n" {
@@ -260,7 +273,7 @@ func TestTerminationLog(t *testing.T) {
 	}
 	p.wait(a)
 	wantFile(t, killed, "killed\n")
-	ready(b)
+	p.says(b, "set")
 	if err := shared.Runtime.StopContainer(testContext(t, time.Minute), b, 20); err != nil {
 		t.Error(err)
 	}
@@ -284,7 +297,7 @@ func TestTerminationLog(t *testing.T) {
 
 // A hundred volumes in one container, all of them followed.
 func TestManyCopies(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	p := runPod(t, shared)
 	k := newKubelet(t, p)
 	var ms []*cri.Mount
@@ -353,11 +366,18 @@ func TestCopyLatency(t *testing.T) {
 		})
 		return at
 	}
-	for i := range rounds {
+	trip := func(line string) time.Duration {
 		start := time.Now()
-		fmt.Fprintf(typed, "%d\n", i)
-		trips = append(trips, arrived(fmt.Sprint("echo ", i)).Sub(start))
-		start = writeVolume(t, cm, map[string]string{"key": fmt.Sprint("change", i)})
+		fmt.Fprintln(typed, line)
+		return arrived("echo " + line).Sub(start)
+	}
+	// Some seconds after a pod's first volume the agent rehearses a change; until then trips that do not count are made.
+	for i, settled := 0, time.Now().Add(4*time.Second); time.Now().Before(settled); i++ {
+		trip(fmt.Sprint("warm-up ", i))
+	}
+	for i := range rounds {
+		trips = append(trips, trip(fmt.Sprint(i)))
+		start := writeVolume(t, cm, map[string]string{"key": fmt.Sprint("change", i)})
 		changes = append(changes, arrived(fmt.Sprint("event ..data change", i)).Sub(start))
 	}
 	detach()
@@ -366,8 +386,13 @@ func TestCopyLatency(t *testing.T) {
 		slices.Sort(d)
 		return d[min(len(d)-1, int(q*float64(len(d))))].Round(100 * time.Microsecond)
 	}
-	t.Logf("%d changes of a ConfigMap, from the rename to the event: p50 %s, p99 %s; round trips: p50 %s, p99 %s", rounds,
-		quantile(changes, 0.5), quantile(changes, 0.99), quantile(trips, 0.5), quantile(trips, 0.99))
+	above := quantile(changes, 0.99) - quantile(trips, 0.99)
+	verdict := "met"
+	if above > 50*time.Millisecond {
+		verdict = "missed"
+	}
+	t.Logf("%d changes of a ConfigMap, from the rename to the event: p50 %s, p99 %s; round trips: p50 %s, p99 %s; bar: p99 at most 50ms above a round trip's: %s above, %s", rounds,
+		quantile(changes, 0.5), quantile(changes, 0.99), quantile(trips, 0.5), quantile(trips, 0.99), above, verdict)
 	if p50 := quantile(changes, 0.5) - quantile(trips, 0.5); p50 > 5*time.Second {
 		t.Errorf("half of all changes take %s above a round trip", p50)
 	}

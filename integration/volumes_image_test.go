@@ -12,7 +12,7 @@ import (
 )
 
 func TestImageVolumes(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	p := runPod(t, shared)
 	image := func(path, ref, sub string) *cri.Mount {
 		return &cri.Mount{ContainerPath: path, Image: &cri.ImageSpec{Image: ref}, ImageSubPath: sub, Readonly: true}

@@ -38,7 +38,7 @@ func residentKiB(t *testing.T, pid int) int {
 // bounded amount: a copy's are in guest memory and go with the next change, an emptyDir's are on its disk, and of a shared
 // directory virtiofsd holds one descriptor and a small record for each name that the guest remembers, in the pod's own cgroup.
 func TestManyEntries(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	const shareNames, ownNames = 8_000, 15_000 // 20,000 and 100,000 behave alike and take minutes in software emulation
 	p := runPod(t, shared, func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.Privileged = true })
 	k := newKubelet(t, p)

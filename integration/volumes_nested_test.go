@@ -8,7 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -17,7 +16,7 @@ import (
 // Volumes of different kinds in each other, named in any order, over files and directories of the image, by subPath, and
 // at /dev/shm.
 func TestNestedVolumes(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	k := newKubeletPod(t)
 	p := k.run(0)
 	empty, memory := k.empty("data", 0), k.memory("shm", "size=5m,mode=1777")
@@ -30,23 +29,21 @@ func TestNestedVolumes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	part := filepath.Join(k.dir, "volume-subpaths/host/main/0")
-	if err := os.MkdirAll(part, 0o750); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount(filepath.Join(host, "part"), part, "", unix.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(part, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	// A file system PVC is mounted by its CSI driver. A subPathExpr reaches the runtime as a subPath: kubelet puts the values of
+	// variables into "$(POD_NAME)/logs", makes the directory and binds it.
+	pvc := filepath.Join(k.volume("csi", "pvc-1"), "mount")
+	mountTmpfs(t, pvc)
+	writeFile(t, filepath.Join(pvc, "file"), "from a PVC")
+	part, expression, pvcPart := k.subPath(host, "host", "part"), k.subPath(empty, "data", "web-0/logs"), k.subPath(pvc, "pvc", "web-0/logs")
 	const script = `
 want() { [ "$2" = "$3" ] || echo "FAIL $1: $2, not $3"; }
 want "ConfigMap in hostPath in emptyDir" "$(cat /a/host/in/cm/key)" "from the ConfigMap"
 want "hostPath in emptyDir" "$(cat /a/host/file)" "from the host"
 want "subPath of a hostPath" "$(cat /part/file)" "from a part"
+echo x > /expression/own && echo y > /pvc-expression/own || echo FAIL subPathExpr is not writable
+want "subPathExpr of an emptyDir and of a PVC" "$(cat /a/web-0/logs/own /pvc/web-0/logs/own /pvc/file)" "x
+y
+from a PVC"
 want "a file over a file of the image" "$(cat /bin/busybox.txt /etc/passwd)" "from the hostfrom the host"
 want "below a file's place that was not there" "$(cat /new/deep/file)" "from the host"
 want "shared memory" "$(df -k /dev/shm | tail -n 1 | awk '{print $2}')" 5120
@@ -56,6 +53,7 @@ echo done`
 	for name, reverse := range map[string]bool{"outer first": false, "inner first": true} {
 		ms := []*cri.Mount{
 			{ContainerPath: "/a", HostPath: empty}, {ContainerPath: "/a/host", HostPath: host}, {ContainerPath: "/a/host/in/cm", HostPath: cm, Readonly: true},
+			{ContainerPath: "/expression", HostPath: expression}, {ContainerPath: "/pvc", HostPath: pvc}, {ContainerPath: "/pvc-expression", HostPath: pvcPart},
 			{ContainerPath: "/part", HostPath: part}, {ContainerPath: "/etc/passwd", HostPath: filepath.Join(host, "file")}, {ContainerPath: "/bin/busybox.txt", HostPath: filepath.Join(host, "file")},
 			{ContainerPath: "/new/deep/file", HostPath: filepath.Join(host, "file"), Readonly: true}, {ContainerPath: "/dev/shm", HostPath: memory},
 		}
@@ -69,6 +67,7 @@ echo done`
 		}
 	}
 	wantFile(t, filepath.Join(host, "own"), "x\n")
+	wantFile(t, filepath.Join(pvc, "web-0/logs/own"), "y\n")
 	if _, err := p.create("true", mounts(&cri.Mount{ContainerPath: "/", HostPath: host})); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "/") {
 		t.Errorf("a volume at / : %v", err)
 	}

@@ -23,7 +23,7 @@ touch /volume/x || echo FAIL: /volume is not writable
 [ "$(cat /seeded/link)" = "of the image" ] || echo FAIL: $(ls -lA /seeded)
 echo changed > /seeded/file || echo FAIL: /seeded is not writable
 [ "$(cat /seeded/file)" = changed ] || echo FAIL: $(cat /seeded/file)
-grep -q ' /seeded ext4 rw' /proc/mounts || echo FAIL: $(grep seeded /proc/mounts)
+grep -q ' /seeded ext4 rw.*nobarrier' /proc/mounts || echo FAIL: $(grep seeded /proc/mounts)
 echo done`
 	change := func(readonly bool) func(*cri.ContainerConfig) {
 		return func(c *cri.ContainerConfig) {

@@ -63,6 +63,7 @@ chown 1234:5678 /rw/new && chmod 640 /rw/new || echo FAIL chown
 echo more >> /log && [ "$(cat /log)" = "start
 more" ] || echo "FAIL file: $(cat /log)"
 [ "$(cat /linked/file)" = content ] || echo FAIL linked
+echo in a directory that kubelet made > /made/new && echo in a file that kubelet made > /madefile || echo FAIL made
 (echo x > /ro/new) 2>/dev/null && echo FAIL ro writable
 (echo x > /ro/file) 2>/dev/null && echo FAIL ro file writable
 (echo x > /ro/sub/fromro) 2>/dev/null || echo FAIL submount of ro not writable
@@ -75,7 +76,7 @@ echo done`
 
 // All kinds of mounts of host paths in one container, which a second one shares.
 func TestHostVolumes(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	host := t.TempDir()
 	mountTmpfs(t, host)
 	mountTmpfs(t, filepath.Join(host, "sub"))
@@ -92,6 +93,13 @@ func TestHostVolumes(t *testing.T) {
 	if err := os.Symlink(host, link); err != nil {
 		t.Fatal(err)
 	}
+	// Of a hostPath's type the CRI knows nothing: kubelet looks whether the path is of the type, or makes it, as here. An empty
+	// type, which is not looked at, is /rw.
+	madeDir, madeFile := filepath.Join(host, "DirectoryOrCreate"), filepath.Join(host, "FileOrCreate")
+	if err := os.Mkdir(madeDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, madeFile, "")
 	p := runPod(t, shared)
 	start := time.Now()
 	st, log := p.run(volumesScript, mounts(
@@ -101,6 +109,7 @@ func TestHostVolumes(t *testing.T) {
 		&cri.Mount{ContainerPath: "/ro-plain", HostPath: filepath.Join(host, "plain"), Readonly: true},
 		&cri.Mount{ContainerPath: "/linked", HostPath: link, Readonly: true},
 		&cri.Mount{ContainerPath: "/log", HostPath: filepath.Join(host, "term")},
+		&cri.Mount{ContainerPath: "/made", HostPath: madeDir}, &cri.Mount{ContainerPath: "/madefile", HostPath: madeFile},
 	))
 	t.Logf("first container with volumes: %s", time.Since(start))
 	if st.ExitCode != 0 || log != "done\n" {
@@ -114,7 +123,9 @@ func TestHostVolumes(t *testing.T) {
 	if err != nil || info.Sys().(*syscall.Stat_t).Uid != 1234 || info.Mode().Perm() != 0o640 {
 		t.Errorf("owner and mode that the container gave: %v (%v)", info, err)
 	}
-	if len(st.Mounts) != 6 || st.Mounts[0].HostPath != host || !st.Mounts[2].RecursiveReadOnly {
+	wantFile(t, filepath.Join(madeDir, "new"), "in a directory that kubelet made\n")
+	wantFile(t, madeFile, "in a file that kubelet made\n")
+	if len(st.Mounts) != 8 || st.Mounts[0].HostPath != host || !st.Mounts[2].RecursiveReadOnly {
 		t.Errorf("mounts in the status: %v", st.Mounts)
 	}
 	start = time.Now()
@@ -145,7 +156,7 @@ func TestHostVolumes(t *testing.T) {
 }
 
 func TestMountPropagation(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	host := t.TempDir()
 	mountTmpfs(t, host)
 	if err := unix.Mount("", host, "", unix.MS_SHARED, ""); err != nil {
@@ -191,7 +202,7 @@ func TestMountPropagation(t *testing.T) {
 }
 
 func TestVolumesRefused(t *testing.T) {
-	t.Parallel()
+	parallel(t)
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "socket")
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
@@ -204,6 +215,12 @@ func TestVolumesRefused(t *testing.T) {
 	}
 	if err := unix.Mkfifo(filepath.Join(dir, "fifo"), 0o644); err != nil {
 		t.Fatal(err)
+	}
+	// The hostPath types CharDevice and BlockDevice, wherever they are.
+	for name, kind := range map[string]uint32{"char": unix.S_IFCHR, "block": unix.S_IFBLK} {
+		if err := unix.Mknod(filepath.Join(dir, name), kind|0o600, int(unix.Mkdev(1, 3))); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := os.Symlink("/proc/sys", filepath.Join(dir, "proc")); err != nil {
 		t.Fatal(err)
@@ -222,6 +239,8 @@ func TestVolumesRefused(t *testing.T) {
 		{&cri.Mount{HostPath: filepath.Join(dir, "proc")}, codes.Unimplemented, "/proc"},
 		{&cri.Mount{HostPath: socket}, codes.Unimplemented, "is a socket"},
 		{&cri.Mount{HostPath: filepath.Join(dir, "fifo")}, codes.Unimplemented, "fifo"},
+		{&cri.Mount{HostPath: filepath.Join(dir, "char")}, codes.Unimplemented, "device"},
+		{&cri.Mount{HostPath: filepath.Join(dir, "block")}, codes.Unimplemented, "device"},
 		{&cri.Mount{HostPath: dir, Propagation: cri.MountPropagation_PROPAGATION_BIDIRECTIONAL}, codes.Unimplemented, "BIDIRECTIONAL"},
 		{&cri.Mount{HostPath: dir, RecursiveReadOnly: true}, codes.InvalidArgument, "needs readonly"},
 		{&cri.Mount{HostPath: dir, RecursiveReadOnly: true, Readonly: true, Propagation: cri.MountPropagation_PROPAGATION_HOST_TO_CONTAINER}, codes.InvalidArgument, "needs propagation PRIVATE"},

@@ -267,7 +267,7 @@ func diskSerial(imageID string) string {
 	return "img-" + imageID[prefix:prefix+16]
 }
 
-// logPath is never empty: kubelet globs it to clean up.
+// logPath is where a container's output goes; shownLogPath is what kubelet sees.
 func logPath(config *cri.ContainerConfig, pod *cri.PodSandboxConfig) string {
 	if config.GetLogPath() == "" {
 		return os.DevNull

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"os"
+	"path/filepath"
 	"time"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -40,9 +42,18 @@ func containerStatus(rec store.Container) *cri.ContainerStatus {
 		CreatedAt: rec.CreatedAt.UnixNano(), StartedAt: unixNano(rec.StartedAt), FinishedAt: unixNano(rec.FinishedAt),
 		ExitCode: rec.ExitCode, Reason: rec.Reason, Message: rec.Message,
 		Image: spec, ImageRef: rec.ImageRef, ImageId: rec.ImageID, Labels: config.GetLabels(), Annotations: config.GetAnnotations(),
-		Mounts: config.GetMounts(), LogPath: rec.LogPath, Resources: &cri.ContainerResources{Linux: config.GetLinux().GetResources()},
+		Mounts: config.GetMounts(), LogPath: shownLogPath(rec), Resources: &cri.ContainerResources{Linux: config.GetLinux().GetResources()},
 		User: containerUser(rec.User), StopSignal: criSignal(rec.StopSignal),
 	}
+}
+
+// shownLogPath of a container without a log is one that cannot exist: when the container is dead kubelet removes all that
+// log_path* matches, which would be /dev/null itself.
+func shownLogPath(rec store.Container) string {
+	if rec.LogPath == os.DevNull {
+		return filepath.Join(os.DevNull, rec.ID+".log")
+	}
+	return rec.LogPath
 }
 
 func unixNano(t time.Time) int64 {

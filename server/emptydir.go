@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -31,7 +33,7 @@ const (
 	// maxEmptyDisks is how many empty directories of a pod get disks; a VM has slots for 32 devices. The rest are shared.
 	maxEmptyDisks = 16
 	// maxEmptyEntries bounds looking into an empty directory. kubelet makes directories there, for sub paths.
-	maxEmptyEntries = 4096
+	maxEmptyEntries, maxEmptyDepth = 4096, 64
 	// detachLimit bounds writing out the disks of a pod that is stopped.
 	detachLimit = 30 * time.Second
 )
@@ -175,42 +177,89 @@ func fileSystemAt(dir string) (string, error) {
 
 // onlyDirectories tells whether nothing but directories, and an image that was not finished, is below a directory.
 func onlyDirectories(dir string) bool {
-	entries, only := 0, true
-	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
-		if entries++; err != nil || entries > maxEmptyEntries {
-			only = false
-			return fs.SkipAll
-		}
-		if !d.IsDir() && p != filepath.Join(dir, emptyDirImage+newImage) {
-			only = false
-			return fs.SkipAll
-		}
-		return nil
+	only := true
+	complete := walkEmptyDir(dir, func(rel string, d fs.DirEntry) bool {
+		only = d.IsDir() || rel == emptyDirImage+newImage
+		return only
 	})
-	return err == nil && only
+	return complete && only
 }
 
 // findBelow looks for the directory below dir, or dir itself, that is mounted at host. It returns its path below dir.
 func findBelow(dir, host string) (sub string, found bool) {
-	var want, st unix.Stat_t
-	if unix.Lstat(host, &want) != nil || want.Mode&unix.S_IFMT != unix.S_IFDIR {
+	want, err := os.Lstat(host)
+	if err != nil || !want.IsDir() {
 		return "", false
 	}
-	entries := 0
-	_ = filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
-		if entries++; entries > maxEmptyEntries {
-			return fs.SkipAll
+	if top, err := os.Lstat(dir); err == nil && os.SameFile(top, want) {
+		return "", true
+	}
+	walkEmptyDir(dir, func(rel string, d fs.DirEntry) bool {
+		if info, err := d.Info(); err == nil && d.IsDir() && os.SameFile(info, want) {
+			sub, found = "/"+rel, true
 		}
-		if err != nil || !d.IsDir() {
-			return nil
-		}
-		if unix.Lstat(p, &st) == nil && st.Dev == want.Dev && st.Ino == want.Ino {
-			sub, found = strings.TrimPrefix(p, dir), true
-			return fs.SkipAll
-		}
-		return nil
+		return !found
 	})
 	return sub, found
+}
+
+// walkEmptyDir visits what is below a directory, parents first, until visit has seen enough. It tells whether it has met
+// everything, without an error. A guest may have made any number of names there, in any depth: no more than scanBatch
+// names of a directory and maxEmptyEntries in all are ever in memory.
+func walkEmptyDir(dir string, visit func(rel string, d fs.DirEntry) (goOn bool)) (complete bool) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return false
+	}
+	defer root.Close()
+	met, complete := 0, true
+	for queue := []string{"."}; len(queue) > 0; queue = queue[1:] {
+		rel := queue[0]
+		if strings.Count(rel, "/") >= maxEmptyDepth {
+			complete = false
+			continue
+		}
+		err := readBatches(root, rel, func(d fs.DirEntry) bool {
+			if met++; met > maxEmptyEntries {
+				return false
+			}
+			below := path.Join(rel, d.Name())
+			if d.IsDir() {
+				queue = append(queue, below)
+			}
+			return visit(below, d)
+		})
+		if errors.Is(err, errSeenEnough) {
+			return false
+		}
+		complete = complete && err == nil
+	}
+	return complete
+}
+
+var errSeenEnough = errors.New("seen enough")
+
+// readBatches hands on what is in a directory, few entries at a time; errSeenEnough when take has seen enough.
+func readBatches(root *os.Root, rel string, take func(fs.DirEntry) (goOn bool)) error {
+	f, err := root.OpenFile(rel, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for {
+		entries, err := f.ReadDir(scanBatch)
+		for _, d := range entries {
+			if !take(d) {
+				return errSeenEnough
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // emptyDirMount describes an empty directory to the guest: its attributes, and those of the directories of a sub path, are

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -46,6 +47,16 @@ func TestOnlyDirectories(t *testing.T) {
 	}
 	if sub, found := findBelow(filepath.Join(dir, "a/b"), filepath.Join(dir, "a")); found {
 		t.Errorf("found %q outside", sub)
+	}
+	deep := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(deep, strings.Repeat("d/", maxEmptyDepth+1)), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if onlyDirectories(deep) {
+		t.Error("directories deeper than anybody looks count as empty")
+	}
+	if sub, found := findBelow(deep, filepath.Join(deep, "d/d/d")); !found || sub != "/d/d/d" {
+		t.Errorf("in deep directories found %q, %v", sub, found)
 	}
 	if err := os.Symlink("nowhere", filepath.Join(dir, "a/b/link")); err != nil {
 		t.Fatal(err)

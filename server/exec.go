@@ -143,8 +143,10 @@ func copyOutput(ctx context.Context, agent *agentproto.Client, container, exec s
 			if _, err := w.Write(buf[:n]); err != nil {
 				return err
 			}
-			if err := reader.Ack(reader.Offset()); err != nil {
-				return err
+			if !reader.Partial() {
+				if err := reader.Ack(reader.Offset()); err != nil {
+					return err
+				}
 			}
 		}
 		if errors.Is(err, io.EOF) {

@@ -153,13 +153,7 @@ func newRealNode(t *testing.T, points ...string) *killNode {
 	if os.Geteuid() != 0 {
 		t.Skip("VMs, taps and mounts need root")
 	}
-	lo, err := netlink.LinkByName("lo")
-	if err == nil {
-		err = netlink.LinkSetUp(lo) // of the tests' own namespace
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	loopback(t)
 	build, err := filepath.Abs("../build")
 	if err != nil {
 		t.Fatal(err)

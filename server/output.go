@@ -130,26 +130,13 @@ func (o *output) followOnce(stream int, name string) (bool, error) {
 	if lines.maxLine == 0 || lines.maxLine > maxPending {
 		lines.maxLine = maxPending
 	}
-	buf := make([]byte, 32<<10)
-	var entries bytes.Buffer
-	for {
-		n, err := reader.Read(buf)
-		if n > 0 {
-			entries.Reset()
-			pending := lines.split(&entries, buf[:n], time.Now())
-			if entries.Len() > 0 {
-				written := reader.Offset() - uint64(pending)
-				if err := o.write(entries.Bytes(), stream, written); err != nil {
-					return false, err
-				}
-				if err := reader.Ack(written); err != nil {
-					return false, err
-				}
-			}
-			o.broadcast(stream, buf[:n], reader.Offset())
+	for acked := reader.Offset(); ; {
+		err := reader.Wait()
+		if err == nil {
+			acked, err = o.take(reader, lines, stream, acked)
 		}
 		if errors.Is(err, io.EOF) {
-			entries.Reset()
+			var entries bytes.Buffer
 			lines.finish(&entries, time.Now())
 			if err := o.write(entries.Bytes(), stream, reader.Offset()); err != nil {
 				return false, err
@@ -160,6 +147,41 @@ func (o *output) followOnce(stream int, name string) (bool, error) {
 			return false, err
 		}
 	}
+}
+
+// outputBuffers are shared by all outputs: a silent one holds none.
+var outputBuffers = sync.Pool{New: func() any { return &outputBuffer{} }}
+
+type outputBuffer struct {
+	read    [32 << 10]byte
+	entries bytes.Buffer
+}
+
+// take reads what there is, puts whole lines into the log, and acknowledges them unless more comes at once. It returns the offset
+// that is acknowledged.
+func (o *output) take(reader *agentproto.OutputReader, lines *lineSplitter, stream int, acked uint64) (uint64, error) {
+	buf := outputBuffers.Get().(*outputBuffer)
+	defer outputBuffers.Put(buf)
+	n, err := reader.Read(buf.read[:])
+	if err != nil {
+		return acked, err
+	}
+	p := buf.read[:n]
+	buf.entries.Reset()
+	written := reader.Offset() - uint64(lines.split(&buf.entries, p, time.Now()))
+	if buf.entries.Len() > 0 {
+		if err := o.write(buf.entries.Bytes(), stream, written); err != nil {
+			return acked, err
+		}
+	}
+	if written > acked && !reader.Partial() {
+		if err := reader.Ack(written); err != nil {
+			return acked, err
+		}
+		acked = written
+	}
+	o.broadcast(stream, p, reader.Offset())
+	return acked, nil
 }
 
 // write appends to the log, again and again while that fails; meanwhile nothing is acknowledged.

@@ -127,7 +127,8 @@ func TestDeadAgent(t *testing.T) {
 	}
 }
 
-// TestLogPathIsNeverEmpty: kubelet removes what the pattern log_path* finds, so "" would be everything in its directory.
+// TestLogPathIsNeverEmpty: kubelet removes what the pattern log_path* finds, so "" would be everything in its directory,
+// and /dev/null the node's.
 func TestLogPathIsNeverEmpty(t *testing.T) {
 	r := newRig(t)
 	pod := r.runPod("a")
@@ -137,15 +138,23 @@ func TestLogPathIsNeverEmpty(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	silentID := resp.GetContainerId()
 	ended, running, created := r.run(pod, "ended", "exit 0"), r.run(pod, "running", "exec sleep 1000"), r.create(pod, "created", "exit 0")
 	r.exit(ended)
 	check := func(when string) {
 		t.Helper()
-		for id, want := range map[string]string{resp.GetContainerId(): os.DevNull, ended: filepath.Join(r.dir, "logs/ended.log"), running: filepath.Join(r.dir, "logs/running.log"), created: filepath.Join(r.dir, "logs/created.log")} {
+		for id, want := range map[string]string{silentID: filepath.Join(os.DevNull, silentID+".log"), ended: filepath.Join(r.dir, "logs/ended.log"), running: filepath.Join(r.dir, "logs/running.log"), created: filepath.Join(r.dir, "logs/created.log")} {
 			resp, err := r.ContainerStatus(t.Context(), &cri.ContainerStatusRequest{ContainerId: id})
 			if err != nil || resp.GetStatus().GetLogPath() != want {
 				t.Errorf("%s log_path is %q (%v), want %q", when, resp.GetStatus().GetLogPath(), err, want)
 			}
+		}
+		status, err := r.ContainerStatus(t.Context(), &cri.ContainerStatusRequest{ContainerId: silentID})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if hits, err := filepath.Glob(status.GetStatus().GetLogPath() + "*"); err != nil || len(hits) > 0 {
+			t.Errorf("%s kubelet would remove %q (%v) with a container that has no log", when, hits, err)
 		}
 		statuses, err := r.PodSandboxStatus(t.Context(), &cri.PodSandboxStatusRequest{PodSandboxId: pod})
 		if err != nil {
@@ -171,6 +180,35 @@ func TestLogPathIsNeverEmpty(t *testing.T) {
 	check("in a dead VM")
 	r.restart()
 	check("after a restart with a dead VM")
+}
+
+// TestReopenOnlyOfTheRunning: kubelet renames a log before it asks, and back when it is refused, which a new file would
+// prevent.
+func TestReopenOnlyOfTheRunning(t *testing.T) {
+	r := newRig(t)
+	pod := r.runPod("a")
+	ended, running := r.run(pod, "ended", "echo last"), r.run(pod, "running", "exec sleep 1000")
+	status := r.exit(ended)
+	rotated := status.GetLogPath() + ".rotated"
+	if err := os.Rename(status.GetLogPath(), rotated); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.ReopenContainerLog(t.Context(), &cri.ReopenContainerLogRequest{ContainerId: ended}); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("log of an exited container: %v", err)
+	}
+	if _, err := os.Stat(status.GetLogPath()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its log is made anew: %v", err)
+	}
+	path := filepath.Join(r.dir, "logs/running.log")
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.ReopenContainerLog(t.Context(), &cri.ReopenContainerLogRequest{ContainerId: running}); err != nil {
+		t.Errorf("log of a running container: %v", err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestExecSyncEnds: at its deadline, with the client, and at once where there is no such command; and then nothing

@@ -83,7 +83,12 @@ func (s *Server) runSandbox(ctx context.Context, name, handlerName string, handl
 
 	// The tap must exist before the VMM does; CNI ADD then runs while the VM boots. A slot has both, and its VM.
 	var network cni.Slot
+	booted := func() {}
 	if !warm {
+		if booted, err = s.bootTurn(ctx, handler.BootTimeout/4); err != nil {
+			return "", err
+		}
+		defer booted()
 		defer s.bootsCold()()
 		done = steps.span("netns and tap")
 		if rec, network, err = s.prepareNetwork(ctx, rec); err != nil {
@@ -100,6 +105,7 @@ func (s *Server) runSandbox(ctx context.Context, name, handlerName string, handl
 			agent, err = s.enlist(groupCtx, sb, rec, handler, config, steps)
 		} else {
 			agent, err = s.boot(groupCtx, sb, rec, handler, s.podProcess(rec, config), network, steps)
+			booted()
 		}
 		return err
 	})

@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -83,7 +84,7 @@ type Server struct {
 
 	events events
 
-	streams     streaming.Server
+	streams     *streamServer
 	streamHTTP  *http.Server
 	streamsDone chan struct{}
 
@@ -102,7 +103,8 @@ type Server struct {
 	collected chan struct{} // closed when restore has removed leftovers
 	restored  chan struct{} // closed when restore is done with everything
 
-	warm warm
+	boots chan struct{} // one for each pod whose VM boots: see bootTurn
+	warm  warm
 
 	observed observed // for Prometheus
 
@@ -129,8 +131,12 @@ func New(ctx context.Context, opts Options, network Network, images Images) (_ *
 		}
 	}
 	if opts.UIDCount > 0 {
-		for _, dir := range []string{opts.StateDir, opts.RunDir} {
-			if err := reachable(dir); err != nil {
+		dirs := []string{opts.StateDir, opts.RunDir}
+		for _, h := range opts.Handlers {
+			dirs = append(dirs, filepath.Dir(h.Kernel), filepath.Dir(h.Initrd))
+		}
+		for _, dir := range dirs {
+			if err := reachable(dir); err != nil && !errors.Is(err, fs.ErrNotExist) { // a guest image may come later
 				return nil, err
 			}
 		}
@@ -169,7 +175,7 @@ func New(ctx context.Context, opts Options, network Network, images Images) (_ *
 func newServer(opts Options, records *store.Store, network Network, images Images) *Server {
 	return &Server{
 		opts: opts, store: records, net: network, images: images, log: slog.Default(), started: time.Now(), observed: newObserved(),
-		sandboxes: map[string]*sandbox{}, containers: map[string]*container{}, collected: make(chan struct{}), restored: make(chan struct{}),
+		boots: make(chan struct{}, parallelBoots()), sandboxes: map[string]*sandbox{}, containers: map[string]*container{}, collected: make(chan struct{}), restored: make(chan struct{}),
 	}
 }
 
@@ -215,9 +221,11 @@ func (s *Server) serveStreams() error {
 	config := streaming.DefaultConfig
 	config.Addr = listener.Addr().String()
 	config.StreamIdleTimeout = s.opts.StreamIdleTimeout
-	if s.streams, err = streaming.NewServer(config, streamRuntime{s}); err != nil {
+	library, err := streaming.NewServer(config, streamRuntime{s})
+	if err != nil {
 		return errors.Join(fmt.Errorf("streaming server: %w", err), listener.Close())
 	}
+	s.streams = &streamServer{Server: library, runtime: streamRuntime{s}, idle: config.StreamIdleTimeout, requests: map[string]streamRequest{}}
 	s.streamHTTP = &http.Server{Handler: s.streams, ReadHeaderTimeout: 30 * time.Second}
 	s.streamsDone = make(chan struct{})
 	go func() {

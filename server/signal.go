@@ -3,6 +3,7 @@ package server
 import (
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -57,16 +58,18 @@ func parseSignal(text string) (unix.Signal, error) {
 	return 0, invalid("stop signal", "%q is not a signal", text)
 }
 
-// criSignal is the enum value of a signal number, for a status.
-func criSignal(n int32) cri.Signal {
-	for value := range int32(len(cri.Signal_name)) { // in order: the first of several names of a number
+// criSignals are the enum values by numbers of signals; the first of several names of a number counts.
+var criSignals = sync.OnceValue(func() map[int32]cri.Signal {
+	signals := map[int32]cri.Signal{}
+	for value := range int32(len(cri.Signal_name)) {
 		s := cri.Signal(value)
-		if s == cri.Signal_SIGNAL_RUNTIME_DEFAULT {
-			continue
-		}
-		if sig, err := parseSignal(s.String()); err == nil && int32(sig) == n {
-			return s
+		n, err := parseSignal(s.String())
+		if _, taken := signals[int32(n)]; err == nil && !taken {
+			signals[int32(n)] = s
 		}
 	}
-	return cri.Signal_SIGNAL_RUNTIME_DEFAULT
-}
+	return signals
+})
+
+// criSignal is the enum value of a signal number, for a status; RUNTIME_DEFAULT when there is none.
+func criSignal(n int32) cri.Signal { return criSignals()[n] }

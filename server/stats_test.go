@@ -267,6 +267,7 @@ func TestStatsOfAHungGuest(t *testing.T) {
 		}
 	}
 	defer resume()
+	answersFromMemory(t, r, hung, first)
 	for _, rec := range r.store.Sandboxes() { // the figures must be too old to be answered with
 		m := &r.sandbox(rec.ID).stats
 		m.mu.Lock()
@@ -298,6 +299,34 @@ func TestStatsOfAHungGuest(t *testing.T) {
 	}
 	if _, err := r.StopContainer(t.Context(), &cri.StopContainerRequest{ContainerId: first}); err != nil {
 		t.Error(err)
+	}
+}
+
+// answersFromMemory makes the calls that kubelet repeats, about a pod whose guest answers nothing: one that asked it would
+// get no answer in time.
+func answersFromMemory(t *testing.T, r *rig, pod, container string) {
+	t.Helper()
+	client := r.client()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	for name, call := range map[string]func() error{
+		"Version":        func() error { _, err := client.Version(ctx, &cri.VersionRequest{}); return err },
+		"Status":         func() error { _, err := client.Status(ctx, &cri.StatusRequest{Verbose: true}); return err },
+		"RuntimeConfig":  func() error { _, err := client.RuntimeConfig(ctx, &cri.RuntimeConfigRequest{}); return err },
+		"ListPodSandbox": func() error { _, err := client.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{}); return err },
+		"ListContainers": func() error { _, err := client.ListContainers(ctx, &cri.ListContainersRequest{}); return err },
+		"PodSandboxStatus": func() error {
+			_, err := client.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: pod, Verbose: true})
+			return err
+		},
+		"ContainerStatus": func() error {
+			_, err := client.ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: container, Verbose: true})
+			return err
+		},
+	} {
+		if err := call(); err != nil {
+			t.Errorf("%s beside a hung guest: %v", name, err)
+		}
 	}
 }
 

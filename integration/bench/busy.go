@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
@@ -115,10 +116,10 @@ type around struct {
 	err                                  error
 }
 
-// callAround makes the calls in turns until it is told to end.
+// callAround makes the calls, in an order of chance, until it is told to end.
 func (b *bench) callAround(ctx context.Context, container string, end func(rounds int) bool) (a around) {
 	for rounds := 0; !end(rounds); rounds++ {
-		for _, c := range []struct {
+		for _, c := range shuffled([]struct {
 			to   *[]float64
 			call func() error
 		}{
@@ -128,7 +129,7 @@ func (b *bench) callAround(ctx context.Context, container string, end func(round
 			{&a.sleep, func() error {
 				return unix.Nanosleep(&unix.Timespec{Nsec: int64(time.Millisecond)}, nil)
 			}},
-		} {
+		}) {
 			took, err := clock(c.call)
 			if err != nil && !errors.Is(err, unix.EINTR) {
 				a.err = err
@@ -160,4 +161,10 @@ func percentile(samples []float64, p int) float64 {
 		return 0
 	}
 	return slices.Sorted(slices.Values(samples))[int(math.Ceil(float64(p*len(samples))/100))-1]
+}
+
+// shuffled changes the order: the first call after a pause takes longer than the others, whichever it is.
+func shuffled[T any](s []T) []T {
+	rand.Shuffle(len(s), func(i, j int) { s[i], s[j] = s[j], s[i] })
+	return s
 }

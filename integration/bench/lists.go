@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -18,7 +17,7 @@ import (
 func (b *bench) measureLists(ctx context.Context, s *section) error {
 	// The tests make namespaces of their own, and would take the mount of this one's /run/netns, which theirs hides, for their own.
 	cmd := exec.CommandContext(ctx, "sh", "-c", `umount -l /run/netns; exec "$@"`, "sh", "go", "test", "./server", "-run", "^$", "-bench", "BenchmarkCalls", "-benchtime", fmt.Sprintf("%dx", b.o.lists))
-	cmd.Dir = filepath.Dir(b.o.build)
+	cmd.Dir = b.o.checkout
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}
 	out, err := cmd.Output()

@@ -32,6 +32,7 @@ const wholeLimit = 3 * time.Hour
 
 type options struct {
 	build, guest, output, docs string
+	checkout                   string
 	sections                   string
 	peer, enforce              bool
 
@@ -100,9 +101,14 @@ func main() {
 		fail(err)
 	}
 	if o.sections != "none" {
-		if err := node.Isolate(); err != nil {
+		reach, err := node.Isolate(o.build)
+		if err != nil {
 			fail(err)
 		}
+		if inside, err := filepath.Rel(o.build, o.guest); err == nil && filepath.IsLocal(inside) {
+			o.guest = filepath.Join(reach, inside)
+		}
+		o.build = reach
 		ctx, cancel := context.WithTimeout(context.Background(), wholeLimit)
 		defer cancel()
 		ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
@@ -137,6 +143,7 @@ func (o *options) complete() (err error) {
 	if o.build, err = filepath.Abs(o.build); err != nil {
 		return err
 	}
+	o.checkout = filepath.Dir(o.build)
 	if o.guest == "" {
 		o.guest = filepath.Join(o.build, "guest")
 	}

@@ -35,14 +35,18 @@ func (b *bench) measureOutput(ctx context.Context, s *section) error {
 	copies := max(1, b.o.outputMB*1_000_000/len(lines))
 	samples := map[*system][]float64{}
 	growth := map[*system][]float64{}
+	var machine, daemon []float64 // CPU time of crivm's, in ms
 	for i := range b.o.outputs {
 		for n := range systems {
 			sys := systems[(i+n)%len(systems)]
-			rate, more, err := b.output(ctx, sys, ref, copies, len(lines))
+			o, err := b.output(ctx, sys, ref, copies, len(lines))
 			if err != nil {
 				return err
 			}
-			samples[sys], growth[sys] = append(samples[sys], rate), append(growth[sys], more)
+			samples[sys], growth[sys] = append(samples[sys], o.rate), append(growth[sys], o.growth)
+			if sys == b.crivm {
+				machine, daemon = append(machine, o.cpu["vmm"]), append(daemon, o.cpu["daemon"])
+			}
 		}
 		fmt.Fprintf(os.Stderr, "stdout: round %d of %d, load %s\n", i+1, b.o.outputs, loadAverage())
 	}
@@ -53,12 +57,20 @@ func (b *bench) measureOutput(ctx context.Context, s *section) error {
 	t := s.table(fmt.Sprintf("%d MB of lines of %d bytes to stdout", copies*len(lines)/1_000_000, lineLength))
 	t.add("to the log file", "MB/s", newDist(samples[b.crivm]), other)
 	t.add("daemon's peak memory, growth", "MiB", newDist(growth[b.crivm]), otherGrowth)
+	t.add("VMM's CPU time", "ms", newDist(machine), nil)
+	t.add("daemon's CPU time", "ms", newDist(daemon), nil)
 	s.compare("stdout to the log file / containerd", newDist(samples[b.crivm]), other, 0.5, true)
 	return nil
 }
 
+// printed is what it took to bring a container's output into its log.
+type printed struct {
+	rate, growth float64            // MB/s; MiB of the daemon
+	cpu          map[string]float64 // ms, by kind of process
+}
+
 // output runs one container that prints a file so many times.
-func (b *bench) output(ctx context.Context, sys *system, ref string, copies, bytesEach int) (rate, growth float64, retErr error) {
+func (b *bench) output(ctx context.Context, sys *system, ref string, copies, bytesEach int) (o printed, retErr error) {
 	ctx, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
 	command := []string{"cat"}
@@ -68,7 +80,7 @@ func (b *bench) output(ctx context.Context, sys *system, ref string, copies, byt
 	config := sys.podConfig()
 	pod, err := sys.runtime.RunPodSandbox(ctx, config, "")
 	if err != nil {
-		return 0, 0, fmt.Errorf("%s: RunPodSandbox: %w", sys.name, err)
+		return o, fmt.Errorf("%s: RunPodSandbox: %w", sys.name, err)
 	}
 	defer func() {
 		if err := sys.remove(ctx, pod); err != nil && retErr == nil {
@@ -78,19 +90,24 @@ func (b *bench) output(ctx context.Context, sys *system, ref string, copies, byt
 	spec := sys.containerConfig(ref, command...)
 	container, err := sys.runtime.CreateContainer(ctx, pod, spec, config)
 	if err != nil {
-		return 0, 0, fmt.Errorf("%s: CreateContainer: %w", sys.name, err)
+		return o, fmt.Errorf("%s: CreateContainer: %w", sys.name, err)
 	}
 	if err := resetPeak(sys.pid); err != nil {
-		return 0, 0, err
+		return o, err
 	}
 	before, err := memory(sys.pid, "VmRSS")
 	if err != nil {
-		return 0, 0, err
+		return o, err
 	}
 	if err := sys.runtime.StartContainer(ctx, container); err != nil {
-		return 0, 0, fmt.Errorf("%s: StartContainer: %w", sys.name, err)
+		return o, fmt.Errorf("%s: StartContainer: %w", sys.name, err)
 	}
 	begin := time.Now()
+	processes := b.processes(sys)
+	used, err := allCPU(processes)
+	if err != nil {
+		return o, err
+	}
 	if err := await(ctx, 10*time.Millisecond, func() (bool, error) {
 		status, err := sys.runtime.ContainerStatus(ctx, container, false)
 		if err != nil {
@@ -101,7 +118,7 @@ func (b *bench) output(ctx context.Context, sys *system, ref string, copies, byt
 		}
 		return status.GetStatus().GetState() == criv1.ContainerState_CONTAINER_EXITED, nil
 	}); err != nil {
-		return 0, 0, err
+		return o, err
 	}
 	took := time.Since(begin)
 	path := filepath.Join(config.GetLogDirectory(), spec.GetLogPath())
@@ -114,16 +131,25 @@ func (b *bench) output(ctx context.Context, sys *system, ref string, copies, byt
 		late = true
 		return false, nil
 	}); err != nil {
-		return 0, 0, fmt.Errorf("%s: log: %w", sys.name, err)
+		return o, fmt.Errorf("%s: log: %w", sys.name, err)
 	}
 	if late {
 		took = time.Since(begin)
 	}
 	peak, err := memory(sys.pid, "VmHWM")
 	if err != nil {
-		return 0, 0, err
+		return o, err
 	}
-	return float64(copies*bytesEach) / 1e6 / took.Seconds(), max(0, peak-before), os.Remove(path)
+	usedNow, err := allCPU(processes)
+	if err != nil {
+		return o, err
+	}
+	o.cpu = map[string]float64{}
+	for _, p := range processes {
+		o.cpu[p.kind] += float64(usedNow[p.pid]-used[p.pid]) / 1e6
+	}
+	o.rate, o.growth = float64(copies*bytesEach)/1e6/took.Seconds(), max(0, peak-before)
+	return o, os.Remove(path)
 }
 
 // await asks again and again until done or the context ends.

@@ -42,7 +42,8 @@ func TestMain(m *testing.M) {
 		fmt.Println("SKIP: critest needs root: network namespaces, taps and mounts")
 		os.Exit(0)
 	}
-	if err := node.Isolate(); err != nil {
+	var err error
+	if *buildDir, err = node.Isolate(*buildDir); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
@@ -58,10 +59,7 @@ type rig struct {
 // newRig starts a node. When the test ends, nothing may be left of its pods.
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	build, err := filepath.Abs(*buildDir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	build := *buildDir
 	images, err := registry.Serve(filepath.Join(build, "images"))
 	if err != nil {
 		t.Fatal(err)

@@ -84,7 +84,7 @@ func (n *Node) processes(found map[string]bool) error {
 		if pid == fmt.Sprint(n.PID()) || pid == fmt.Sprint(os.Getpid()) || !strings.Contains(text, n.RunDir) {
 			continue
 		}
-		found["process "+pid+" "+text] = true
+		found[fmt.Sprintf("process %s %.100s", pid, text)] = true
 	}
 	return nil
 }

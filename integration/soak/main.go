@@ -38,17 +38,14 @@ func main() {
 	pods := flag.Int("pods", 3, "at a time")
 	pause := flag.Duration("pause", 8*time.Second, "between kills, on average")
 	flag.Parse()
-	if err := node.Isolate(); err != nil {
+	dir, err := node.Isolate(*build)
+	if err != nil {
 		fail(err)
 	}
 	fmt.Printf("seed %d, for %s\n", *seed, *duration)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	dir, err := filepath.Abs(*build)
-	if err == nil {
-		err = soak(ctx, dir, *duration, *seed, *pods, *pause)
-	}
-	if err != nil {
+	if err := soak(ctx, dir, *duration, *seed, *pods, *pause); err != nil {
 		fail(fmt.Errorf("seed %d: %w", *seed, err))
 	}
 }

@@ -46,11 +46,8 @@ func main() {
 	flag.BoolVar(&o.enforce, "enforce", false, "exit with status 1 when the bar is missed")
 	flag.Parse()
 	o.batch = min(max(o.batch, 1), max(o.files, 1))
-	if err := node.Isolate(); err != nil {
-		fail(err)
-	}
 	var err error
-	if o.build, err = filepath.Abs(o.build); err != nil {
+	if o.build, err = node.Isolate(o.build); err != nil {
 		fail(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), o.limit+20*time.Minute)

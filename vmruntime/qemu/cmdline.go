@@ -118,6 +118,9 @@ func kernelCommandLine(spec vmruntime.Spec, accel string) string {
 		// Devices are plugged by ACPI here; the port services that PCI Express has for it and for errors would only
 		// be set up for each of the root ports, which takes a tenth of a boot in software emulation.
 		"pcie_ports=compat",
+		// A kernel whose memory can grow beyond 4 GiB sets 64 MiB aside, and clears them, for devices that cannot reach all
+		// of it. There are none: that was a quarter of a pod's memory.
+		"swiotlb=noforce",
 		agentproto.TransportParameter + "=" + agentproto.TransportSerial,
 	}
 	if accel != KVM {

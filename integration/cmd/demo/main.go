@@ -31,17 +31,14 @@ const limit = 9 * time.Minute
 func main() {
 	build := flag.String("build", "build", "the checkout's build directory")
 	flag.Parse()
-	if err := node.Isolate(); err != nil {
+	dir, err := node.Isolate(*build)
+	if err != nil {
 		fail(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, unix.SIGTERM)
 	defer stop()
-	dir, err := filepath.Abs(*build)
-	if err != nil {
-		fail(err)
-	}
 	if err := demo(ctx, dir); err != nil {
 		fail(err)
 	}
