@@ -133,6 +133,7 @@ func TestOutputPartial(t *testing.T) {
 		w := NewOutputWriter(conn)
 		w.WriteData(make([]byte, size))
 		w.WriteData(make([]byte, 1))
+		w.WriteEnd()
 		w.ReadAck()
 	}))
 	r, err := c.Output(testContext(t), &Output{ContainerId: "c1"})
@@ -142,11 +143,20 @@ func TestOutputPartial(t *testing.T) {
 	defer r.Close()
 	buf := make([]byte, size)
 	for r.Offset() <= size {
+		at := r.Offset()
+		if err := r.Wait(); err != nil || r.Offset() != at {
+			t.Fatalf("waited at %d: %v, now at %d", at, err, r.Offset())
+		}
 		if _, err := r.Read(buf[:size-1]); err != nil {
 			t.Fatal(err)
 		}
 		if want := r.Offset() < size; r.Partial() != want {
 			t.Errorf("at %d of %d bytes: partial is %v", r.Offset(), size, !want)
+		}
+	}
+	for range 2 {
+		if err := r.Wait(); !errors.Is(err, io.EOF) {
+			t.Errorf("waited at the end: %v", err)
 		}
 	}
 }

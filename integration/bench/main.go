@@ -87,7 +87,7 @@ func main() {
 	flag.IntVar(&o.pulls, "pulls", 3, "rounds of pull, each image")
 	flag.IntVar(&o.outputs, "outputs", 2, "rounds of output")
 	flag.IntVar(&o.outputMB, "output-mb", 64, "megabytes that a container prints in output")
-	flag.IntVar(&o.idlePods, "idle-pods", 4, "pods in idle")
+	flag.IntVar(&o.idlePods, "idle-pods", 12, "pods in idle")
 	flag.DurationVar(&o.idleWindow, "idle-window", 15*time.Second, "for how long CPU time is counted in idle")
 	flag.IntVar(&o.lists, "lists", 1000, "calls of each kind in lists")
 	flag.IntVar(&o.busyPods, "busy-pods", 20, "pods that boot at once in busy")
