@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -260,6 +262,11 @@ func (s *Server) adoptContainer(ctx context.Context, sb *sandbox, rec store.Cont
 		}
 	}
 	out, err := s.openOutput(rec)
+	if errors.Is(err, fs.ErrNotExist) { // the directory of the pod's logs was removed; its exits count all the same
+		s.log.Warn("output of a container is dropped from now on", "container", rec.ID, "error", err)
+		rec.LogPath = os.DevNull
+		out, err = s.openOutput(rec)
+	}
 	if err != nil {
 		return fmt.Errorf("log: %w", err)
 	}

@@ -3,6 +3,8 @@ package server
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -148,6 +150,25 @@ func TestReboot(t *testing.T) {
 	status, err := r.PodSandboxStatus(t.Context(), &cri.PodSandboxStatusRequest{PodSandboxId: pod})
 	if err != nil || status.GetStatus().GetState() != cri.PodSandboxState_SANDBOX_NOTREADY {
 		t.Errorf("sandbox after a reboot is %v (%v)", status, err)
+	}
+}
+
+// TestRestartWithoutLogs: a container whose log's directory is gone goes on, and its exit is noticed.
+func TestRestartWithoutLogs(t *testing.T) {
+	r := newRig(t)
+	pod := r.runPod("a")
+	end := filepath.Join(r.dir, "end")
+	id := r.run(pod, "c", "until [ -e "+end+" ]; do echo on; sleep 0.05; done; exit 7")
+	r.stop()
+	if err := os.RemoveAll(filepath.Join(r.dir, "logs")); err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	if err := os.WriteFile(end, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if s := r.exit(id); s.GetExitCode() != 7 {
+		t.Errorf("exit code %d, want 7", s.GetExitCode())
 	}
 }
 

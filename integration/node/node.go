@@ -130,19 +130,17 @@ func (n *Node) StartDaemon(ctx context.Context) error {
 	return n.awaitReady(ctx)
 }
 
+// awaitReady waits until crivm answers, the node's clients too: theirs still fail for a while after the daemon before has
+// gone, in the pauses between tries to connect.
 func (n *Node) awaitReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		client, err := runtimeClient(ctx, n.Socket, 2*time.Second)
+		err := n.answers(ctx)
 		if err == nil {
-			if _, err = client.Version(ctx, ""); err == nil {
-				client.Close(ctx)
-				return nil
-			}
-			client.Close(ctx)
+			return nil
 		}
 		select {
 		case exit := <-n.exited:
@@ -153,6 +151,22 @@ func (n *Node) awaitReady(ctx context.Context) error {
 		case <-tick.C:
 		}
 	}
+}
+
+func (n *Node) answers(ctx context.Context) error {
+	client := n.Runtime
+	if client == nil { // the node's are made when it has answered for the first time
+		var err error
+		if client, err = runtimeClient(ctx, n.Socket, 2*time.Second); err != nil {
+			return err
+		}
+		defer client.Close(ctx)
+	}
+	if _, err := client.Version(ctx, ""); err != nil || n.Images == nil {
+		return err
+	}
+	_, err := n.Images.ImageFsInfo(ctx)
+	return err
 }
 
 // PID of the daemon.
