@@ -85,11 +85,11 @@ func (s *Server) runSandbox(ctx context.Context, name, handlerName string, handl
 	var network cni.Slot
 	booted := func() {}
 	if !warm {
+		defer s.bootsCold()() // while it waits, too: slots do not go first
 		if booted, err = s.bootTurn(ctx, handler.BootTimeout/4); err != nil {
 			return "", err
 		}
 		defer booted()
-		defer s.bootsCold()()
 		done = steps.span("netns and tap")
 		if rec, network, err = s.prepareNetwork(ctx, rec); err != nil {
 			return "", err

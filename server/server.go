@@ -181,7 +181,7 @@ func newServer(opts Options, records *store.Store, network Network, images Image
 
 // reachable checks that processes of other uids can pass through a directory: VMMs do, to their own files.
 func reachable(dir string) error {
-	for ; dir != "/"; dir = filepath.Dir(dir) {
+	for ; dir != filepath.Dir(dir); dir = filepath.Dir(dir) {
 		info, err := os.Stat(dir)
 		if err != nil {
 			return err

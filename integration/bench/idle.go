@@ -19,6 +19,9 @@ func (a share) total() float64 { return a.daemon + a.vmm + a.guest + a.helpers }
 // measureIdle starts pods with one sleeping container each and measures what each of them adds: memory, and CPU over a window.
 // The pods of the two runtimes do not run at the same time.
 func (b *bench) measureIdle(ctx context.Context, s *section) error {
+	if err := b.restart(ctx); err != nil { // what earlier sections have left in memory would count against the first pod
+		return err
+	}
 	pods := b.o.idlePods
 	memoryTable := s.table(fmt.Sprintf("memory of an idle pod, PSS; mean of %d", pods))
 	cpuTable := s.table(fmt.Sprintf("CPU of an idle pod over %s; mean of %d", b.o.idleWindow, pods))

@@ -37,11 +37,20 @@ func (b *bench) setPool(ctx context.Context, slots int) error {
 	if err := os.WriteFile(path, fmt.Appendf(nil, poolConfig, slots), 0o644); err != nil {
 		return err
 	}
-	if err := errors.Join(b.n.StopDaemon(), b.n.StartDaemon(ctx)); err != nil {
-		return fmt.Errorf("restart with a pool of %d: %w", slots, err)
+	if err := b.restart(ctx); err != nil {
+		return fmt.Errorf("with a pool of %d: %w", slots, err)
 	}
-	b.slots, b.crivm.pid = slots, b.n.PID()
+	b.slots = slots
 	return b.awaitPool(ctx)
+}
+
+// restart gives crivm a new daemon.
+func (b *bench) restart(ctx context.Context) error {
+	if err := errors.Join(b.n.StopDaemon(), b.n.StartDaemon(ctx)); err != nil {
+		return fmt.Errorf("restart: %w", err)
+	}
+	b.crivm.pid = b.n.PID()
+	return nil
 }
 
 // poolState is what Status tells of a pool.
