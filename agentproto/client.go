@@ -20,7 +20,7 @@ import (
 //
 // A deadline of a call's context is carried over to the agent; a cancellation is not, it only ends the wait
 // for the answer. A call fails with errdefs.ErrUnavailable when the control stream is broken or breaks,
-// and then may or may not have been carried out.
+// and then may or may not have been carried out; Done is closed before the caller is told.
 type Client struct {
 	AgentService
 	dialer Dialer
@@ -39,7 +39,7 @@ func Connect(ctx context.Context, d Dialer) (*Client, error) {
 	c := &Client{dialer: d, done: make(chan struct{})}
 	c.rpc = ttrpc.NewClient(&controlConn{Conn: conn},
 		ttrpc.WithOnClose(func() { close(c.done) }),
-		ttrpc.WithUnaryClientInterceptor(nativeErrors))
+		ttrpc.WithUnaryClientInterceptor(c.nativeErrors))
 	c.AgentService = NewAgentClient(c.rpc)
 
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
@@ -97,7 +97,7 @@ func (c *Client) DialPort(ctx context.Context, port uint32) (*FramedConn, error)
 }
 
 // nativeErrors turns whatever a call fails with into an errdefs class.
-func nativeErrors(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
+func (c *Client) nativeErrors(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response, _ *ttrpc.UnaryClientInfo, invoke ttrpc.Invoker) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("agent call %s: %w", req.Method, err)
 	}
@@ -105,6 +105,7 @@ func nativeErrors(ctx context.Context, req *ttrpc.Request, resp *ttrpc.Response,
 		if st, ok := status.FromError(err); ok {
 			err = nativeError(st.Code(), st.Message())
 		} else if !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
+			c.Close() // it is broken; ttrpc tells its callers before it calls its OnClose
 			err = unavailable(err)
 		}
 		return fmt.Errorf("agent call %s: %w", req.Method, err)

@@ -159,10 +159,40 @@ func TestBrokenControlStream(t *testing.T) {
 	if err := <-failed; !errdefs.IsUnavailable(err) {
 		t.Errorf("pending call: %v", err)
 	}
-	<-c.Done()
 	if err := <-agent.waited; !errors.Is(err, context.Canceled) {
 		t.Errorf("the agent's context ended with %v", err)
 	}
+}
+
+// TestDoneBeforeFailure: a caller that connects again when its call has failed is not given the broken client once more.
+func TestDoneBeforeFailure(t *testing.T) {
+	agent := &fakeAgent{version: Version, waiting: make(chan struct{}), waited: make(chan error, 1)}
+	var conn net.Conn
+	g := serveAgent(t, agent, nil)
+	c := connect(t, dialFunc(func(ctx context.Context) (_ net.Conn, err error) {
+		conn, err = g.Dial(ctx)
+		return closingSlowly{conn}, err
+	}))
+	go func() {
+		<-agent.waiting
+		conn.Close()
+	}()
+	if _, err := c.Wait(context.Background(), &WaitRequest{}); !errdefs.IsUnavailable(err) {
+		t.Errorf("pending call: %v", err)
+	}
+	select {
+	case <-c.Done():
+	default:
+		t.Error("the call failed before Done was closed")
+	}
+}
+
+// closingSlowly makes the time long between the moments in which ttrpc lets its callers go and calls its OnClose.
+type closingSlowly struct{ net.Conn }
+
+func (c closingSlowly) Close() error {
+	time.Sleep(20 * time.Millisecond)
+	return c.Conn.Close()
 }
 
 type dialFunc func(ctx context.Context) (net.Conn, error)

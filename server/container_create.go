@@ -66,6 +66,9 @@ func (s *Server) createContainer(ctx context.Context, name string, config *cri.C
 	if err != nil {
 		return "", err
 	}
+	if err := s.undoHalfMade(ctx, sandboxRec.ID, name); err != nil {
+		return "", err
+	}
 	id := newID()
 	rec, err := s.store.CreateContainer(store.Container{
 		ID: id, SandboxID: sandboxRec.ID, Name: name, State: store.ContainerCreating,
@@ -90,6 +93,25 @@ func (s *Server) createContainer(ctx context.Context, name string, config *cri.C
 		return "", err
 	}
 	return id, nil
+}
+
+// undoHalfMade undoes what an earlier call for this name had made and could not undo, as it holds the name.
+func (s *Server) undoHalfMade(ctx context.Context, sandboxID, name string) error {
+	for _, rec := range s.store.Containers(sandboxID) {
+		if rec.Name != name || rec.State != store.ContainerCreating {
+			continue
+		}
+		c := s.container(rec.ID)
+		if err := c.op.lock(ctx); err != nil {
+			return fmt.Errorf("container %s: %w", rec.ID, err)
+		}
+		err := s.removeContainer(ctx, rec)
+		c.op.unlock()
+		if err != nil {
+			return fmt.Errorf("undoing an earlier, half made one: %w", err)
+		}
+	}
+	return nil
 }
 
 func (s *Server) createInGuest(ctx context.Context, rec store.Container, sandboxRec store.Sandbox, image imageservice.Image) error {

@@ -21,11 +21,19 @@ import (
 	"github.com/crivm/crivm/vmruntime"
 )
 
-// cutting is a driver whose streams break just after the next request of one kind was sent to the agent.
+// cutting is a driver whose streams break just after the next request of a kind was sent to the agent: of the kinds in
+// calls, one after the other, as many as are armed.
 type cutting struct {
 	Driver
-	call  string
-	armed atomic.Bool
+	calls []string
+	cuts  atomic.Int32
+	armed atomic.Int32
+}
+
+// next tells whether this call is the one that is to be cut.
+func (d *cutting) next(call string) bool {
+	done := d.cuts.Load()
+	return done < d.armed.Load() && d.calls[done] == call && d.cuts.CompareAndSwap(done, done+1)
 }
 
 func (d *cutting) Start(ctx context.Context, s vmruntime.Spec) (vmruntime.VM, error) {
@@ -58,7 +66,7 @@ type cuttingConn struct {
 
 func (c *cuttingConn) Write(p []byte) (int, error) {
 	found := agentCall.FindSubmatch(p)
-	if found != nil && string(found[1]) == c.d.call && c.d.armed.CompareAndSwap(true, false) {
+	if found != nil && c.d.next(string(found[1])) {
 		c.sent.Store(true)
 	}
 	return c.Conn.Write(p)
@@ -73,9 +81,9 @@ func (c *cuttingConn) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (r *rig) cut(call string) *cutting {
+func (r *rig) cut(calls ...string) *cutting {
 	handler := r.opts.Handlers[""]
-	d := &cutting{Driver: handler.Driver, call: call}
+	d := &cutting{Driver: handler.Driver, calls: calls}
 	handler.Driver = d
 	r.opts.Handlers[""] = handler
 	r.restart()
@@ -90,11 +98,11 @@ func TestStartWhoseConnectionBreaks(t *testing.T) {
 	pod := r.runPod("a")
 	mark := filepath.Join(r.dir, "runs") // on its command line
 	id := r.create(pod, "c", "trap '' TERM; while :; do sleep 1; done; : "+mark)
-	driver.armed.Store(true)
+	driver.armed.Store(1)
 	if _, err := r.StartContainer(t.Context(), &cri.StartContainerRequest{ContainerId: id}); !errdefs.IsUnavailable(err) {
 		t.Errorf("start: %v", err)
 	}
-	if driver.armed.Load() {
+	if driver.cuts.Load() == 0 {
 		t.Fatal("nothing was cut")
 	}
 	if s := r.exit(id); s.GetExitCode() != 128 || s.GetReason() != reasonStartError {
@@ -111,20 +119,33 @@ func TestStartWhoseConnectionBreaks(t *testing.T) {
 	}
 }
 
-// TestCreateWhoseConnectionBreaks: a container that the agent made and crivm does not know of is undone, and its name is free.
+// TestCreateWhoseConnectionBreaks: a container that the agent made and crivm does not know of is undone, and its name is
+// free; also when the connection breaks again amid that, then with the next call for that name.
 func TestCreateWhoseConnectionBreaks(t *testing.T) {
 	r := newRig(t)
-	driver := r.cut("CreateContainer")
+	driver := r.cut("CreateContainer", "CreateContainer", "DeleteContainer")
 	pod := r.runPod("a")
-	driver.armed.Store(true)
-	if _, err := r.CreateContainer(t.Context(), r.createRequest(pod, "c", "exit 4")); !errdefs.IsUnavailable(err) {
-		t.Errorf("create: %v", err)
-	}
-	if left := r.store.Containers(""); len(left) > 0 {
-		t.Errorf("left are %v", left)
-	}
-	if s := r.exit(r.run(pod, "c", "exit 4")); s.GetExitCode() != 4 {
-		t.Errorf("the next container is %v", s)
+	for breaks, want := range map[int32]int{1: 0, 3: 1} {
+		driver.cuts.Store(0)
+		if breaks == 3 {
+			driver.cuts.Store(1)
+		}
+		driver.armed.Store(breaks)
+		name := fmt.Sprint("c", breaks)
+		if _, err := r.CreateContainer(t.Context(), r.createRequest(pod, name, "exit 4")); !errdefs.IsUnavailable(err) {
+			t.Errorf("create: %v", err)
+		}
+		if got := driver.cuts.Load(); got != breaks {
+			t.Fatalf("%d calls were cut", got)
+		}
+		if left := r.store.Containers(""); len(left) != want {
+			t.Errorf("left are %v", left)
+		}
+		id := r.run(pod, name, "exit 4")
+		if s := r.exit(id); s.GetExitCode() != 4 {
+			t.Errorf("the next container is %v", s)
+		}
+		r.remove(id)
 	}
 }
 
