@@ -76,18 +76,19 @@ func newFrameReader(r io.Reader) *frameReader {
 // next reads the header of the next frame, which must be of type want or END, and returns its payload's
 // length. io.EOF for an END frame; io.ErrUnexpectedEOF when the connection ends without one.
 func (f *frameReader) next(want byte) (int, error) {
-	var h [frameHeader]byte
-	if _, err := io.ReadFull(f.r, h[:]); err != nil {
+	h, err := f.r.Peek(frameHeader) // a deadline that passes leaves half a header where it is
+	if err != nil {
 		return 0, noEOF(err)
 	}
-	n := binary.BigEndian.Uint32(h[1:])
+	kind, n := h[0], binary.BigEndian.Uint32(h[1:])
+	f.r.Discard(frameHeader)
 	switch {
-	case h[0] == frameEnd && n == 0:
+	case kind == frameEnd && n == 0:
 		return 0, io.EOF
-	case h[0] == want && want == frameData && n >= 1 && n <= maxFrame:
-	case h[0] == want && want == frameAck && n == 8:
+	case kind == want && want == frameData && n >= 1 && n <= maxFrame:
+	case kind == want && want == frameAck && n == 8:
 	default:
-		return 0, fmt.Errorf("unexpected frame of type %d and %d bytes: %w", h[0], n, errdefs.ErrDataLoss)
+		return 0, fmt.Errorf("unexpected frame of type %d and %d bytes: %w", kind, n, errdefs.ErrDataLoss)
 	}
 	return int(n), nil
 }
@@ -136,12 +137,12 @@ func (f *frameReader) readAck() (uint64, error) {
 	return 0, err
 }
 
-// unstick returns the error and forgets it when it is a passed deadline between two frames or inside a
-// payload, so that the connection can be read on with a new one.
+// unstick returns the error and forgets it when it is a passed deadline, so that the connection can be read on with a
+// new one.
 func (f *frameReader) unstick() error {
 	err := f.err
 	var ne net.Error
-	if errors.As(err, &ne) && ne.Timeout() && f.r.Buffered() == 0 {
+	if errors.As(err, &ne) && ne.Timeout() {
 		f.err = nil
 	}
 	return err

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -231,18 +232,42 @@ type writerFunc func([]byte) (int, error)
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 func TestReadDeadlineIsNotSticky(t *testing.T) {
-	a, b := net.Pipe()
-	defer a.Close()
-	fc := NewFramedConn(b)
-	defer fc.Close()
-	fc.SetReadDeadline(time.Now().Add(-time.Second))
-	var ne net.Error
-	if _, err := fc.Read(make([]byte, 1)); !errors.As(err, &ne) || !ne.Timeout() {
-		t.Fatalf("error %v", err)
-	}
-	fc.SetReadDeadline(time.Time{})
-	go writeData(a, []byte("x"))
-	if n, err := fc.Read(make([]byte, 1)); n != 1 || err != nil {
-		t.Errorf("after the deadline: %d, %v", n, err)
+	var frame bytes.Buffer
+	writeData(&frame, []byte("xy"))
+	for _, early := range []int{0, 3, frameHeader, frameHeader + 1} { // bytes of the frame that come before the deadline
+		t.Run(strconv.Itoa(early), func(t *testing.T) {
+			a, b := net.Pipe()
+			defer a.Close()
+			fc := NewFramedConn(b)
+			defer fc.Close()
+			if early > 0 {
+				go a.Write(frame.Bytes()[:early])
+			}
+			var got []byte
+			read := func() error {
+				buf := make([]byte, 2)
+				n, err := fc.Read(buf)
+				got = append(got, buf[:n]...)
+				return err
+			}
+			fc.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+			var err error
+			for err == nil {
+				err = read()
+			}
+			if ne := net.Error(nil); !errors.As(err, &ne) || !ne.Timeout() {
+				t.Fatalf("error %v", err)
+			}
+			fc.SetReadDeadline(time.Now().Add(testTimeout))
+			go a.Write(frame.Bytes()[early:])
+			for len(got) < 2 {
+				if err := read(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if string(got) != "xy" {
+				t.Errorf("read %q", got)
+			}
+		})
 	}
 }

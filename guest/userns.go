@@ -91,6 +91,11 @@ func (n *podNamespaces) do(f func() error) error {
 	result := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // and never unlocked unless all is as before: the thread ends with the goroutine
+		if unix.Gettid() == unix.Getpid() { // the main thread never ends: f must run on another
+			defer runtime.UnlockOSThread()
+			result <- n.do(f)
+			return
+		}
 		back := true
 		enter := func(path string, file *os.File, kind int) func() {
 			own, err := os.Open("/proc/thread-self/ns/" + path)
