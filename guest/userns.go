@@ -90,7 +90,7 @@ func (n *podNamespaces) do(f func() error) error {
 	}
 	result := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // and never unlocked unless all is as before: the thread ends with the goroutine
+		runtime.LockOSThread()              // and never unlocked unless all is as before: the thread ends with the goroutine
 		if unix.Gettid() == unix.Getpid() { // the main thread never ends: f must run on another
 			defer runtime.UnlockOSThread()
 			result <- n.do(f)
