@@ -90,8 +90,9 @@ func (n *podNamespaces) do(f func() error) error {
 	}
 	result := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread()              // and never unlocked unless all is as before: the thread ends with the goroutine
-		if unix.Gettid() == unix.Getpid() { // the main thread never ends: f must run on another
+		runtime.LockOSThread() // and never unlocked unless all is as before: the thread ends with the goroutine
+		if unix.Gettid() == unix.Getpid() {
+			// The main thread never ends: hold it meanwhile, so that f runs on another.
 			defer runtime.UnlockOSThread()
 			result <- n.do(f)
 			return
